@@ -1,0 +1,113 @@
+"""Stage lists balanced by FLOPs, for `pipeline_num_layers = "auto"`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from mindspeed_mm.plan.flops import SampleShape, Work, training_flops
+
+if TYPE_CHECKING:
+    from mindspeed_mm.config import Qwen2VLConfig
+
+NestedLists = tuple[tuple[int, ...], ...]
+
+
+def balanced_lists(
+    model: Qwen2VLConfig, pp_size: int, vp_size: int = 1, shape: SampleShape | None = None
+) -> tuple[NestedLists, NestedLists]:
+    """Vision and text layers per stage such that the slowest stage is as fast as it can be.
+
+    All contiguous cuts of the layers, vision before text, are considered. Cuts that leave a pipeline rank with frozen layers
+    only are not, because such a rank needs `--enable-dummy-optimizer`.
+
+    Args:
+        shape: the sample to balance for; `SampleShape()` when not given.
+    Returns:
+        Two nested lists: one inner tuple per virtual chunk, one entry per pipeline rank.
+    """
+    num_stages = pp_size * vp_size
+    vision_layers = model.vision_layers
+    costs = layer_costs(model, training_flops(model, shape or SampleShape()))
+    most_vision_only = most_vision_only_stages(model, pp_size, num_stages)
+
+    def is_allowed(stage: int, end: int) -> bool:
+        return end > vision_layers or stage < most_vision_only
+
+    cuts = best_cuts(costs, num_stages, is_allowed)
+    vision = [max(0, min(end, vision_layers) - start) for start, end in zip(cuts, cuts[1:], strict=False)]
+    text = [end - start - count for start, end, count in zip(cuts, cuts[1:], vision, strict=False)]
+    return _by_chunk(vision, pp_size), _by_chunk(text, pp_size)
+
+
+def layer_costs(model: Qwen2VLConfig, work: Work) -> list[float]:
+    """FLOPs of every layer in forward order, vision first; each part counts with the layer that it stands beside."""
+    vision = [work.vision_layer] * model.vision_layers
+    text = [work.text_layer] * model.text_decoder.num_layers
+    if vision:
+        vision[0] += work.patch_embed
+        vision[-1] += work.projector
+    text[-1] += work.lm_head
+    return vision + text
+
+
+def most_vision_only_stages(model: Qwen2VLConfig, pp_size: int, num_stages: int) -> int:
+    """How many stages may hold no text without leaving a pipeline rank that trains nothing."""
+    encoder = model.image_encoder
+    if encoder is None or not encoder.vision_encoder.freeze or model.text_decoder.freeze:
+        return num_stages
+    # the last chunk of every rank must hold text; the last vision stage also trains when it has a trained projector
+    return num_stages - pp_size + (not encoder.vision_projector.freeze)
+
+
+def best_cuts(costs: Sequence[float], num_stages: int, is_allowed: Callable[[int, int], bool]) -> list[int]:
+    """Where to cut `costs` into contiguous, non-empty stages: the slowest stage as fast as possible, then the most even.
+
+    Args:
+        is_allowed: whether stage number s may end before position e.
+    Returns:
+        `num_stages + 1` positions from 0 to `len(costs)`.
+    """
+    slowest = _search(costs, num_stages, is_allowed, combine=max)[0]
+    # among all cuts that reach the optimum, the least sum of squares
+    limit = slowest * (1 + 1e-9)
+    return _search(costs, num_stages, is_allowed, combine=lambda done, cost: done + cost * cost, limit=limit)[1]
+
+
+def _search(
+    costs: Sequence[float],
+    num_stages: int,
+    is_allowed: Callable[[int, int], bool],
+    *,
+    combine: Callable[[float, float], float],
+    limit: float = math.inf,
+) -> tuple[float, list[int]]:
+    """Dynamic programme over (stage, end position); stages that cost more than `limit` are left out."""
+    before = [0.0, *accumulate(costs)]
+    end_of_all = len(costs)
+    best: list[tuple[float, list[int]] | None] = [(0.0, [0]), *([None] * end_of_all)]
+    for stage in range(num_stages):
+        following: list[tuple[float, list[int]] | None] = [None] * (end_of_all + 1)
+        left = num_stages - stage - 1
+        for end in range(stage + 1, end_of_all - left + 1):
+            if not is_allowed(stage, end):
+                continue
+            for start in range(stage, end):
+                done = best[start]
+                cost = before[end] - before[start]
+                if done is None or cost > limit:
+                    continue
+                value = combine(done[0], cost)
+                current = following[end]
+                if current is None or value < current[0]:
+                    following[end] = (value, [*done[1], end])
+        best = following
+    result = best[end_of_all]
+    assert result is not None, "there are at least as many layers as stages"
+    return result
+
+
+def _by_chunk(counts: Sequence[int], pp_size: int) -> NestedLists:
+    return tuple(tuple(counts[start : start + pp_size]) for start in range(0, len(counts), pp_size))
