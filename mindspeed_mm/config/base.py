@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, Union
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from mindspeed_mm.errors import ConfigError
@@ -30,7 +30,7 @@ _COLON = re.compile(r"\s*:")
 class Settings(BaseModel):
     """A frozen group of settings; unknown keys are refused, values are never converted between types.
 
-    `ignored_keys` names the keys that existing MindSpeed-MM files carry and that have no effect here, each with its reason.
+    `ignored_keys` names the keys that existing MindSpeed-MM files carry and that have no effect here, with the reason.
     """
 
     model_config = ConfigDict(
@@ -67,7 +67,7 @@ def _stage_lists(value: Any) -> Any:
     if len({len(row) for row in value}) > 1:
         raise PydanticCustomError(
             "stage_lists",
-            "has inner lists of unequal length ({lengths}); each inner list is one virtual chunk and has one entry per pipeline rank",
+            "has inner lists of unequal length ({lengths}); each is a virtual chunk with one entry per pipeline rank",
             {"lengths": ", ".join(str(len(row)) for row in value)},
         )
     return tuple(tuple(row) for row in value)
@@ -90,6 +90,10 @@ StageLists = Annotated[
 ]
 """Layers per stage: one count per pipeline rank, nested once more for virtual chunks, or "auto"."""
 
+# strict validation takes no list for a tuple, but JSON knows only lists
+Ints = Annotated[tuple[int, ...], Field(strict=False)]
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -99,8 +103,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file, read strictly.
 
     Raises:
-        ConfigError: the file is missing, too large (16 MiB), not UTF-8, not JSON, nested deeper than 64, holds NaN or an
-            infinite number, holds a key twice in one object, or its top level is not an object.
+        ConfigError: the file is missing, too large (16 MiB), not UTF-8, not JSON, nested deeper than 64, holds NaN or
+            an infinite number, holds a key twice in one object, or its top level is not an object.
     """
     path = Path(path)
     where = str(path)
@@ -194,8 +198,7 @@ def parse_settings(cls: type[S], data: Mapping[str, Any], *, where: str, notes: 
     known = _known_keys(cls, data, "", problems, ignored)
     settings: S | None = None
     try:
-        # through JSON, because strict validation of Python values would refuse lists for tuples
-        settings = cls.model_validate_json(json.dumps(known))
+        settings = cls.model_validate(known)
     except ValidationError as error:
         problems.extend(render_validation_error(error))
     if problems or settings is None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from mindspeed_mm.config.base import Settings, StageLists, parse_settings
+from mindspeed_mm.config.base import Ints, Settings, StageLists, parse_settings
 from mindspeed_mm.config.qwen2vl_hf import qwen2vl_json_from_hf
 
 DtypeName = Literal["bf16", "fp16", "half", "fp32", "float16", "float32"]
@@ -201,13 +201,14 @@ class ImageEncoderConfig(Settings):
         problems = []
         if projector.input_size != tower.hidden_size:
             problems.append(
-                f"vision_projector.input_size = {projector.input_size}, but vision_encoder.hidden_size = {tower.hidden_size}."
+                f"vision_projector.input_size = {projector.input_size}, but vision_encoder.hidden_size = "
+                f"{tower.hidden_size}."
             )
         merged_size = tower.hidden_size * tower.spatial_merge_size**2
         if projector.ffn_hidden_size != merged_size:
             problems.append(
-                f"vision_projector.ffn_hidden_size = {projector.ffn_hidden_size}, but merging "
-                f"{tower.spatial_merge_size}x{tower.spatial_merge_size} patches of width {tower.hidden_size} gives {merged_size}."
+                f"vision_projector.ffn_hidden_size = {projector.ffn_hidden_size}, but {tower.spatial_merge_size} x "
+                f"{tower.spatial_merge_size} merged patches of width {tower.hidden_size} have {merged_size} values."
             )
         _raise(problems)
         return self
@@ -218,7 +219,7 @@ class RopeScaling(Settings):
 
     ignored_keys: ClassVar[Mapping[str, str]] = {"type": "always mrope", "rope_type": "always mrope"}
 
-    mrope_section: tuple[int, ...]
+    mrope_section: Ints
     """See TextDecoderConfig.mrope_section."""
 
 
@@ -246,7 +247,7 @@ class TextDecoderConfig(_LayerStack):
     """Kind of positions: temporal, height and width."""
     rope_scaling: RopeScaling | None = None
     """Another place for mrope_section."""
-    mrope_section: tuple[int, ...]
+    mrope_section: Ints
     """Rotary frequencies for temporal, height and width positions; they add up to half the head size."""
     normalization: Literal["RMSNorm"] = "RMSNorm"
     """Kind of norm."""
@@ -346,9 +347,10 @@ class Qwen2VLConfig(Settings):
         problems = []
         text = self.text_decoder
         for name in ("img_context_token_id", "video_token_id", "vision_start_token_id"):
-            if getattr(self, name) >= text.vocab_size:
+            token_id = getattr(self, name)
+            if token_id >= text.vocab_size:
                 problems.append(
-                    f"{name} = {getattr(self, name)} is outside the vocabulary: text_decoder.vocab_size = {text.vocab_size}."
+                    f"{name} = {token_id} is outside the vocabulary: text_decoder.vocab_size = {text.vocab_size}."
                 )
         if self.image_encoder is not None and self.image_encoder.vision_projector.hidden_size != text.hidden_size:
             problems.append(

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from mindspeed_mm.config.base import Settings
+from mindspeed_mm.config.base import Names, Settings
 from mindspeed_mm.config.data import DataConfig
 from mindspeed_mm.config.qwen2vl import Qwen2VLConfig
 from mindspeed_mm.config.tool import ToolConfig
@@ -161,9 +161,9 @@ class OptimizerConfig(Settings):
     """Gather updated weights while forward already runs; needs the two settings above."""
     accumulate_allreduce_grads_in_fp32: bool = False
     """Keep and reduce gradients in fp32; always on with bf16."""
-    weight_decay_exclude_modules: tuple[str, ...] = ()
+    weight_decay_exclude_modules: Names = ()
     """Parameters whose name contains one of these have no weight decay (case does not matter)."""
-    lr_scale_modules: tuple[str, ...] = ()
+    lr_scale_modules: Names = ()
     """Parameters whose name contains one of these use lr * lr_mult."""
     lr_mult: float = Field(default=1.0, ge=0)
     """See lr_scale_modules."""

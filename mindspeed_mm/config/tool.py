@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from mindspeed_mm.config.base import Settings
+from mindspeed_mm.config.base import Ints, Settings
 
 
 class StaticProfile(Settings):
@@ -57,7 +57,7 @@ class ProfileConfig(Settings):
     """Switch the profiler on."""
     profile_type: Literal["static", "dynamic"] = "static"
     """Which of the two sections is used."""
-    ranks: tuple[int, ...] = (0, 1, 2, 3)
+    ranks: Ints = (0, 1, 2, 3)
     """Global ranks that record; [-1] is all."""
     static_param: StaticProfile = StaticProfile()
     """Settings of a static profile."""
@@ -76,7 +76,7 @@ class MemoryProfileConfig(Settings):
     """Step after the last recorded one."""
     save_path: str = "./memory_snapshot"
     """Directory for snapshots."""
-    dump_ranks: tuple[int, ...] = (0,)
+    dump_ranks: Ints = (0,)
     """Global ranks that record."""
     stacks: str = "all"
     """Stacks that the snapshot records."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from mindspeed_mm.plan.flops import SampleShape, Work, training_flops
@@ -20,8 +20,8 @@ def balanced_lists(
 ) -> tuple[NestedLists, NestedLists]:
     """Vision and text layers per stage such that the slowest stage is as fast as it can be.
 
-    All contiguous cuts of the layers, vision before text, are considered. Cuts that leave a pipeline rank with frozen layers
-    only are not, because such a rank needs `--enable-dummy-optimizer`.
+    All contiguous cuts of the layers, vision before text, are considered. Cuts that leave a pipeline rank with frozen
+    layers only are not, because such a rank needs `--enable-dummy-optimizer`.
 
     Args:
         shape: the sample to balance for; `SampleShape()` when not given.
@@ -37,8 +37,8 @@ def balanced_lists(
         return end > vision_layers or stage < most_vision_only
 
     cuts = best_cuts(costs, num_stages, is_allowed)
-    vision = [max(0, min(end, vision_layers) - start) for start, end in zip(cuts, cuts[1:], strict=False)]
-    text = [end - start - count for start, end, count in zip(cuts, cuts[1:], vision, strict=False)]
+    vision = [max(0, min(end, vision_layers) - start) for start, end in pairwise(cuts)]
+    text = [end - start - count for (start, end), count in zip(pairwise(cuts), vision, strict=True)]
     return _by_chunk(vision, pp_size), _by_chunk(text, pp_size)
 
 
@@ -63,7 +63,7 @@ def most_vision_only_stages(model: Qwen2VLConfig, pp_size: int, num_stages: int)
 
 
 def best_cuts(costs: Sequence[float], num_stages: int, is_allowed: Callable[[int, int], bool]) -> list[int]:
-    """Where to cut `costs` into contiguous, non-empty stages: the slowest stage as fast as possible, then the most even.
+    """Where to cut `costs` into contiguous, non-empty stages: the slowest as fast as possible, then the most even.
 
     Args:
         is_allowed: whether stage number s may end before position e.

@@ -35,8 +35,8 @@ def shape_problems(vision_lists: Lists, text_lists: Lists, names: tuple[str, str
     vision_shape, text_shape = (len(vision_lists), len(vision_lists[0])), (len(text_lists), len(text_lists[0]))
     if vision_shape != text_shape:
         return [
-            f"{names[0]} has {vision_shape[0]} x {vision_shape[1]} entries and {names[1]} {text_shape[0]} x {text_shape[1]} "
-            "(virtual chunks x pipeline ranks); both describe the same stages."
+            f"{names[0]} has {vision_shape[0]} x {vision_shape[1]} entries and {names[1]} {text_shape[0]} x "
+            f"{text_shape[1]} (virtual chunks x pipeline ranks); both describe the same stages."
         ]
     return []
 
@@ -50,8 +50,8 @@ def layer_list_problems(
 ) -> list[str]:
     """The rules on sums and order that two nested lists of the same shape break.
 
-    Pictures enter on the first stage and the loss is computed on the last; in between, every stage takes one tensor from
-    the stage before it. So vision fills stages from the first on, text follows without a gap and reaches the last.
+    Pictures enter on the first stage and the loss is computed on the last; in between, every stage takes one tensor
+    from the stage before it. So vision fills stages from the first on, text follows without a gap and reaches the last.
     """
     vision, text = _flat(vision_lists), _flat(text_lists)
     label = _Labels(len(text_lists), len(text_lists[0]))
@@ -85,7 +85,8 @@ def _vision_order_problems(vision_at: list[int], name: str, label: _Labels) -> l
     holes = sorted(set(range(vision_at[0], vision_at[-1])) - set(vision_at))
     if holes:
         problems.append(
-            f"{name}: vision has no layer on {label.several(holes)} and goes on after that; vision stages must follow each other."
+            f"{name}: vision has no layer on {label.several(holes)} and goes on after that; vision stages must follow "
+            "each other."
         )
     return problems
 
@@ -108,13 +109,13 @@ def _text_order_problems(
     elif first > vision_at[-1] + 1:
         problems.append(
             f"{names[1]}: text starts on {label(first)}, but vision ends on {label(vision_at[-1])}, so that "
-            f"{label.several(range(vision_at[-1] + 1, first))} would hold nothing. Text must start on {label(vision_at[-1])} "
-            f"or on {label(vision_at[-1] + 1)}."
+            f"{label.several(range(vision_at[-1] + 1, first))} would hold nothing. Text must start on "
+            f"{label(vision_at[-1])} or on {label(vision_at[-1] + 1)}."
         )
     if last != num_stages - 1:
         problems.append(
-            f"{names[1]}: text ends on {label(last)}, but the loss is computed on the last one, {label(num_stages - 1)}, "
-            "which needs at least one text layer."
+            f"{names[1]}: text ends on {label(last)}, but the loss is computed on the last one, "
+            f"{label(num_stages - 1)}, which needs at least one text layer."
         )
     empty = sorted(set(range(first, last)) - set(text_at) - set(vision_at))
     if empty:
@@ -173,10 +174,11 @@ def check_trainable(model: Qwen2VLConfig, plan: StagePlan, enable_dummy_optimize
         return
     problems = []
     for rank in idle:
-        held = [kind for kind in ("vision", "text") if any(getattr(stage, kind) for stage in plan.stages_of_rank(rank))]
+        stages = plan.stages_of_rank(rank)
+        held = [kind for kind in ("vision", "text") if any(getattr(stage, kind) for stage in stages)]
         problems.append(
-            f"pipeline rank {rank} has nothing to train: it holds only {' and '.join(held)} layers, and what it holds is frozen "
-            "(freeze = true)."
+            f"pipeline rank {rank} has nothing to train: it holds only {' and '.join(held)} layers, and what it holds "
+            "is frozen (freeze = true)."
         )
     problems.append(
         "Give each of these ranks a trained layer, for example by moving text layers to the rank where vision ends "

@@ -1,4 +1,4 @@
-"""Work per layer and part, as multiply-adds of the matrix products times two. Estimates: norms and softmax are left out."""
+"""Work per layer and part, in FLOPs of the matrix products. Estimates: norms and softmax are left out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TEXT_TOKENS = 1024
 DEFAULT_IMAGE_TOKENS = 256
-"""Tokens of a sample that come from pictures, after the merge; one picture of 448 x 448 pixels with 14-pixel patches."""
+"""Tokens of a sample that come from pictures, after the merge: one picture of 448 x 448 pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +63,8 @@ def forward_flops(model: Qwen2VLConfig, shape: SampleShape) -> Work:
 def training_flops(model: Qwen2VLConfig, shape: SampleShape) -> Work:
     """FLOPs of forward and backward of one sample of `shape`.
 
-    Backward costs one forward for the gradient of the input and one for that of the weights. A frozen tower at the start of
-    the model has neither; a frozen module behind a trained one still passes the gradient through.
+    Backward costs one forward for the gradient of the input and one for that of the weights. A frozen tower at the
+    start of the model has neither; a frozen module behind a trained one still passes the gradient through.
     """
     work = forward_flops(model, shape)
     text = model.text_decoder

@@ -88,21 +88,20 @@ class StagePlan:
         Raises:
             ConfigError: with every rule that the lists break, and every size that TP does not divide.
         """
-        vision_lists, text_lists, problems = stage_lists(model, parallel.pp_size, parallel.vp_size)
-        if not problems:
-            problems = layer_list_problems(
-                vision_lists, text_lists, model.vision_layers, model.text_decoder.num_layers, PIPELINE_KEYS
-            )
+        vision_layers, text_layers = model.vision_layers, model.text_decoder.num_layers
+        problems: list[str] = []
+        lists = stage_lists(model, parallel.pp_size, parallel.vp_size, problems)
+        if lists is not None:
+            problems += layer_list_problems(*lists, vision_layers, text_layers, PIPELINE_KEYS)
         problems += tp_problems(model, parallel.tp_size)
-        if problems:
+        if problems or lists is None:
             raise ConfigError("stage plan", problems)
         return cls._deal(
             model.model_id,
-            vision_lists,
-            text_lists,
+            *lists,
             tp_size=parallel.tp_size,
-            vision_layers=model.vision_layers,
-            text_layers=model.text_decoder.num_layers,
+            vision_layers=vision_layers,
+            text_layers=text_layers,
             is_tied=model.text_decoder.is_tied,
         )
 
