@@ -1,0 +1,144 @@
+"""One model chunk of Qwen2-VL: what a stage of the plan holds, and its forward pass."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from mindspeed_mm.models.common.attention import attention_backend
+from mindspeed_mm.models.common.transformer import DTYPES
+from mindspeed_mm.models.qwen2vl.text import TextDecoder, text_config
+from mindspeed_mm.models.qwen2vl.vision import ImageEncoder
+from mindspeed_mm.ops.loss import supervised_rows
+from mindspeed_mm.plan import Part, Stage, StagePlan, Stream
+
+if TYPE_CHECKING:
+    from mindspeed_mm.config import ParallelConfig, Qwen2VLConfig, TrainingConfig
+    from mindspeed_mm.ops.batch import Batch
+    from mindspeed_mm.platform import Platform
+
+
+class Qwen2VLChunk(MegatronModule):
+    """A stage of Qwen2-VL. Parameter names are those of checkpoints: `image_encoder.*`, `text_decoder.*`, layers from 0.
+
+    Args:
+        model: model settings.
+        plan: the stage plan of the run.
+        stage: the stage of `plan` to build.
+        platform: gives the device and the attention backend.
+        initialize: fill weights at random; off when a checkpoint follows, which fills every one of them.
+    """
+
+    def __init__(
+        self,
+        model: Qwen2VLConfig,
+        plan: StagePlan,
+        stage: Stage,
+        parallel: ParallelConfig,
+        training: TrainingConfig,
+        platform: Platform,
+        *,
+        initialize: bool,
+    ) -> None:
+        # Megatron's schedules, DDP and gradient finalisation read the settings of the whole pipeline from here.
+        super().__init__(
+            config=text_config(
+                model.text_decoder,
+                parallel,
+                training,
+                recompute_granularity=None,
+                recompute_method=None,
+                recompute_num_layers=None,
+                pipeline_model_parallel_size=parallel.pp_size,
+                pipeline_dtype=DTYPES[training.params_dtype],
+                batch_p2p_comm=True,
+                deallocate_pipeline_outputs=True,
+                calculate_per_token_loss=training.calculate_per_token_loss,
+            )
+        )
+        self.stage = stage
+        self.device = platform.device
+        self.pre_process = Part.TOKEN_EMBED in stage.parts
+        self.post_process = Part.LM_HEAD in stage.parts
+        self.vp_stage = stage.vp_stage if plan.vp_size > 1 else None
+        self.share_embeddings_and_output_weights = (
+            plan.is_tied and plan.stage_of(Part.TOKEN_EMBED) != plan.stage_of(Part.LM_HEAD)
+        )
+        self._received: Tensor | None = None
+        self.image_encoder: ImageEncoder | None = None
+        self.text_decoder: TextDecoder | None = None
+        backend = attention_backend(platform)
+        if model.image_encoder is not None and (stage.vision or Part.PROJECTOR in stage.parts):
+            self.image_encoder = ImageEncoder(
+                model.image_encoder, stage, parallel, training, backend, initialize=initialize
+            )
+        if stage.text:
+            text = model.text_decoder
+            self.text_decoder = TextDecoder(
+                text, stage, parallel, training, backend, is_tied=plan.is_tied, initialize=initialize
+            )
+            self.text_decoder.requires_grad_(not text.freeze)
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
+        """Take what the stage before sent; called by megatron's schedules before every forward pass."""
+        self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def shared_embedding_or_output_weight(self) -> torch.nn.Parameter | None:
+        """The copy of the tied embedding that this chunk holds; megatron sums the gradients of both copies."""
+        if self.text_decoder is None:
+            return None
+        if self.text_decoder.embedding is not None:
+            return self.text_decoder.embedding.word_embeddings.weight
+        return None if self.text_decoder.output_layer is None else self.text_decoder.output_layer.weight
+
+    def forward(self, batch: Batch, *, wants_logits: bool = False) -> Tensor:
+        """The payload for the next stage, or the token losses on the last one.
+
+        Args:
+            batch: this micro-batch, on the host; pixels only where patches are embedded.
+            wants_logits: on the last stage, give logits instead of losses (parity tests, evaluation).
+        Returns:
+            vision states [p, 1, e], image embeddings [p/merge^2, 1, h] or text states [s, 1, h]; on the last stage the
+            losses of the supervised positions [k] float32, or with `wants_logits` the logits of all positions [s, v].
+        """
+        received, self._received = self._received, None
+        image_embeds = received if Stream.IMAGE_EMBEDS in self.stage.inputs else None
+        if self.image_encoder is not None:
+            pixels = None if batch.pixel_values is None else batch.pixel_values.to(self.device, non_blocking=True)
+            image_embeds = self.image_encoder(received, pixels, batch.grid_thw)
+        if self.text_decoder is None:
+            assert image_embeds is not None
+            return image_embeds
+        if self.text_decoder.embedding is not None:
+            input_ids, rows = (t.to(self.device, non_blocking=True) for t in (batch.input_ids, batch.image_rows))
+            hidden = self.text_decoder.embed(input_ids, rows, image_embeds)
+        else:
+            assert received is not None, "a stage after the embedding receives text states"
+            hidden = received
+        positions = batch.position_ids.to(self.device, non_blocking=True)
+        hidden = self.text_decoder(hidden, positions, batch.cu_seqlens)
+        if not self.post_process:
+            return hidden
+        if wants_logits:
+            return self.text_decoder.full_logits(hidden)
+        rows = supervised_rows(batch.labels)
+        labels = batch.labels[rows].to(self.device, non_blocking=True)
+        return self.text_decoder.token_losses(hidden[rows.to(self.device, non_blocking=True)], labels)
+
+
+def build_chunk(
+    model: Qwen2VLConfig,
+    plan: StagePlan,
+    stage: Stage,
+    parallel: ParallelConfig,
+    training: TrainingConfig,
+    platform: Platform,
+    *,
+    initialize: bool,
+) -> Qwen2VLChunk:
+    """Build the chunk of one stage on the platform's device; arguments as Qwen2VLChunk."""
+    with platform.device:
+        return Qwen2VLChunk(model, plan, stage, parallel, training, platform, initialize=initialize)

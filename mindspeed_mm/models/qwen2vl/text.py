@@ -1,0 +1,182 @@
+"""The text decoder of Qwen2-VL: the layers of one stage, the embedding and the output head where they live."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    VocabParallelEmbedding,
+    checkpoint,
+    gather_from_tensor_model_parallel_region,
+    vocab_parallel_cross_entropy,
+)
+from torch import Tensor, nn
+
+from mindspeed_mm.models.common.attention import RowLayout
+from mindspeed_mm.models.common.transformer import ACTIVATIONS, build_block, tower_config
+from mindspeed_mm.ops.rotary import mrope_tables
+from mindspeed_mm.plan import Part, Stage
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from mindspeed_mm.config import ParallelConfig, TextDecoderConfig, TrainingConfig
+    from mindspeed_mm.ops.attention import AttentionBackend
+
+LOGITS_BYTES = 2 << 30
+"""Float32 logits above this size are computed in chunks that are recomputed in the backward pass."""
+
+
+def text_config(
+    text: TextDecoderConfig, parallel: ParallelConfig, training: TrainingConfig, **fields: Any
+) -> TransformerConfig:
+    """Megatron's settings of the text decoder; `fields` add to or override them."""
+    return tower_config(
+        parallel,
+        training,
+        **{
+            "num_layers": text.num_layers,
+            "hidden_size": text.hidden_size,
+            "ffn_hidden_size": text.ffn_hidden_size,
+            "num_attention_heads": text.num_attention_heads,
+            "num_query_groups": text.num_query_groups,
+            "kv_channels": text.kv_channels,
+            "activation_func": ACTIVATIONS[text.activation_func],
+            "gated_linear_unit": text.gated_linear_unit,
+            "normalization": text.normalization,
+            "layernorm_epsilon": text.layernorm_epsilon,
+            "add_bias_linear": text.add_bias_linear,
+            "add_qkv_bias": text.add_qkv_bias,
+            "init_method_std": text.init_method_std,
+            "recompute_granularity": text.recompute_granularity,
+            "recompute_method": text.recompute_method,
+            "recompute_num_layers": text.recompute_num_layers,
+            **fields,
+        },
+    )
+
+
+class Embedding(nn.Module):
+    """Token embedding split over the vocabulary."""
+
+    def __init__(self, text: TextDecoderConfig, config: TransformerConfig) -> None:
+        super().__init__()
+        self.word_embeddings = VocabParallelEmbedding(
+            text.vocab_size, text.hidden_size, init_method=config.init_method, config=config
+        )
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """[s, 1, h] of input_ids [s]."""
+        return self.word_embeddings(input_ids).unsqueeze(1)
+
+
+class TextDecoder(nn.Module):
+    """The text layers of one stage.
+
+    Args:
+        text: settings of the decoder.
+        stage: which layers and parts live here.
+        is_tied: the output head uses the embedding's weight (as a copy when the embedding lives on another stage).
+        backend: attention function of the platform.
+    """
+
+    def __init__(
+        self,
+        text: TextDecoderConfig,
+        stage: Stage,
+        parallel: ParallelConfig,
+        training: TrainingConfig,
+        backend: AttentionBackend,
+        *,
+        is_tied: bool,
+        initialize: bool,
+    ) -> None:
+        super().__init__()
+        config = text_config(text, parallel, training, perform_initialization=initialize)
+        self.tp_size = parallel.tp_size
+        self.rope_theta = text.rope_theta
+        self.mrope_section = tuple(text.mrope_section)
+        self.embedding = Embedding(text, config) if Part.TOKEN_EMBED in stage.parts else None
+        self.decoder = build_block(
+            config,
+            stage.text,
+            normalization=text.normalization,
+            backend=backend,
+            has_final_norm=Part.FINAL_NORM in stage.parts,
+        )
+        self.output_layer = None
+        self.shares_embedding = is_tied and self.embedding is not None
+        if Part.LM_HEAD in stage.parts:
+            self.output_layer = ColumnParallelLinear(
+                text.hidden_size,
+                text.vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                skip_bias_add=False,
+                gather_output=False,
+                skip_weight_param_allocation=self.shares_embedding,
+            )
+            if is_tied and not self.shares_embedding:
+                # Megatron leaves a parameter so marked out of the gradient norm: the original counts once.
+                self.output_layer.weight.shared = True
+                self.output_layer.weight.shared_embedding = True
+
+    def embed(self, input_ids: Tensor, image_rows: Tensor, image_embeds: Tensor | None) -> Tensor:
+        """Token embeddings with the rows of vision tokens replaced.
+
+        Args:
+            input_ids: [s] int64.
+            image_rows: [k] int64, where the first k image embeddings go, in order.
+            image_embeds: [m, 1, h], m >= k: what is over (the dummy image of a text-only micro-batch) gets zero gradients.
+        Returns:
+            [s, 1, h].
+        """
+        assert self.embedding is not None
+        hidden = self.embedding(input_ids)
+        if image_embeds is None:
+            return hidden
+        return hidden.index_copy(0, image_rows, image_embeds[: image_rows.numel()])
+
+    def forward(self, hidden: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Hidden states [s, 1, h] after this stage's layers (and the final norm where it lives)."""
+        cos, sin = mrope_tables(position_ids, self.mrope_section, self.rope_theta, hidden.dtype)
+        layout = RowLayout(cu_seqlens=cu_seqlens, causal=True, cos=cos, sin=sin)
+        return self.decoder(hidden, None, packed_seq_params=layout)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary-parallel logits [k, 1, v/tp] of hidden states [k, 1, h]."""
+        assert self.output_layer is not None
+        weight = self.embedding.word_embeddings.weight if self.shares_embedding and self.embedding else None
+        logits, _ = self.output_layer(hidden, weight=weight)
+        return logits
+
+    def full_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [k, v] of hidden states [k, 1, h], gathered over the tensor-parallel ranks."""
+        logits = self.logits(hidden)
+        return gather_from_tensor_model_parallel_region(logits).squeeze(1)
+
+    def token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy of every supervised position.
+
+        Args:
+            hidden: [k, 1, h], only the supervised positions.
+            labels: [k] int64.
+        Returns:
+            [k] float32.
+        """
+        assert self.output_layer is not None
+        rows_at_once = max(1, LOGITS_BYTES // (4 * self.output_layer.output_size_per_partition))
+        if hidden.shape[0] <= rows_at_once:
+            return self._token_losses(hidden, labels)
+        parts = zip(hidden.split(rows_at_once), labels.split(rows_at_once), strict=True)
+        return torch.cat([checkpoint(self._token_losses, False, rows, targets) for rows, targets in parts])
+
+    def _token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = self.logits(hidden).float()
+        if self.tp_size == 1:
+            return F.cross_entropy(logits.squeeze(1), labels, reduction="none")
+        return vocab_parallel_cross_entropy(logits, labels.unsqueeze(1)).squeeze(1)

@@ -1,0 +1,177 @@
+"""The vision side of Qwen2-VL: patch embedding, the part of the tower that a stage holds, and the projector."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core.transformer.mlp import MLP
+from torch import Tensor, nn
+
+from mindspeed_mm.models.common.attention import RowLayout
+from mindspeed_mm.models.common.norm import NORMS
+from mindspeed_mm.models.common.transformer import ACTIVATIONS, build_block, mlp_submodules, tower_config
+from mindspeed_mm.ops.mrope import vision_cu_seqlens, vision_position_ids
+from mindspeed_mm.ops.rotary import vision_tables
+from mindspeed_mm.plan import Part, Stage
+
+if TYPE_CHECKING:
+    from mindspeed_mm.config import (
+        ImageEncoderConfig,
+        ParallelConfig,
+        TrainingConfig,
+        VisionEncoderConfig,
+        VisionProjectorConfig,
+    )
+    from mindspeed_mm.ops.attention import AttentionBackend
+
+
+class PatchEmbed(nn.Module):
+    """Patches to hidden states: a convolution whose kernel is its stride, hence one product over flattened patches.
+
+    Args:
+        vision: patch geometry and width.
+        dtype: of the weight.
+    """
+
+    def __init__(self, vision: VisionEncoderConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        kernel = (vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+        # Only the parameter of the convolution is used; checkpoints keep its five dims.
+        self.proj = nn.Conv3d(vision.in_channels, vision.hidden_size, kernel, stride=kernel, bias=False, dtype=dtype)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """[p, 1, e] of pixel_values [p, channels * frames * height * width]."""
+        weight = self.proj.weight
+        return nn.functional.linear(pixel_values.to(weight.dtype), weight.flatten(1)).unsqueeze(1)
+
+
+class VisionTower(nn.Module):
+    """The vision layers of one stage, with the patch embedding where the first of them lives.
+
+    Args:
+        vision: settings of the tower.
+        stage: which layers and parts live here.
+        backend: attention function of the platform.
+    """
+
+    def __init__(
+        self,
+        vision: VisionEncoderConfig,
+        stage: Stage,
+        parallel: ParallelConfig,
+        training: TrainingConfig,
+        backend: AttentionBackend,
+        *,
+        initialize: bool,
+    ) -> None:
+        super().__init__()
+        config = tower_config(
+            parallel,
+            training,
+            num_layers=vision.num_layers,
+            hidden_size=vision.hidden_size,
+            ffn_hidden_size=vision.ffn_hidden_size,
+            num_attention_heads=vision.num_attention_heads,
+            activation_func=ACTIVATIONS[vision.activation_func],
+            normalization=vision.normalization,
+            layernorm_epsilon=vision.layernorm_epsilon,
+            add_bias_linear=True,
+            recompute_granularity=vision.recompute_granularity,
+            recompute_method=vision.recompute_method,
+            recompute_num_layers=vision.recompute_num_layers,
+            perform_initialization=initialize,
+        )
+        self.patch_embed = PatchEmbed(vision, config.params_dtype) if Part.PATCH_EMBED in stage.parts else None
+        self.blocks = build_block(
+            config, stage.vision, normalization=vision.normalization, backend=backend, has_final_norm=False
+        )
+        self.merge_size = vision.spatial_merge_size
+        self.head_size = vision.head_size
+
+    def forward(self, hidden: Tensor | None, pixel_values: Tensor | None, grid_thw: Tensor) -> Tensor:
+        """Hidden states after this stage's layers.
+
+        Args:
+            hidden: [p, 1, e] from the stage before, or None where patches are embedded.
+            pixel_values: [p, patch_dim], needed where patches are embedded.
+            grid_thw: [media, 3] int64 on the host.
+        Returns:
+            [p, 1, e].
+        """
+        if self.patch_embed is not None:
+            assert pixel_values is not None, "the batch relay gives pixels to the stage that embeds patches"
+            hidden = self.patch_embed(pixel_values)
+        assert hidden is not None, "a stage without the patch embedding receives vision states"
+        positions = vision_position_ids(grid_thw, self.merge_size).to(hidden.device, non_blocking=True)
+        cos, sin = vision_tables(positions, self.head_size)
+        layout = RowLayout(cu_seqlens=vision_cu_seqlens(grid_thw), causal=False, cos=cos, sin=sin)
+        return self.blocks(hidden, None, packed_seq_params=layout)
+
+
+class Projector(nn.Module):
+    """Norm, 2x2 merge and MLP from vision states to the width of the text decoder."""
+
+    def __init__(
+        self,
+        projector: VisionProjectorConfig,
+        merge_size: int,
+        parallel: ParallelConfig,
+        training: TrainingConfig,
+        *,
+        initialize: bool,
+    ) -> None:
+        super().__init__()
+        config = tower_config(
+            parallel,
+            training,
+            num_layers=1,
+            hidden_size=projector.hidden_size,
+            ffn_hidden_size=projector.ffn_hidden_size,
+            num_attention_heads=parallel.tp_size,  # megatron wants a number that TP divides; there is no attention here
+            activation_func=ACTIVATIONS[projector.activation_func],
+            layernorm_epsilon=projector.layernorm_epsilon,
+            add_bias_linear=projector.add_bias_linear,
+            perform_initialization=initialize,
+        )
+        self.layernorm = NORMS[projector.normalization](config, projector.input_size, projector.layernorm_epsilon)
+        self.merged_size = projector.input_size * merge_size**2
+        self.encoder = MLP(
+            config, mlp_submodules(), input_size=self.merged_size, ffn_hidden_size=projector.ffn_hidden_size
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[p/merge^2, 1, h] of vision states [p, 1, e]; patches of one merge block are neighbours."""
+        merged = self.layernorm(hidden).reshape(-1, 1, self.merged_size)
+        out, bias = self.encoder(merged)
+        return out if bias is None else out + bias
+
+
+class ImageEncoder(nn.Module):
+    """What a stage holds of the vision side, under the names that checkpoints use."""
+
+    def __init__(
+        self,
+        image: ImageEncoderConfig,
+        stage: Stage,
+        parallel: ParallelConfig,
+        training: TrainingConfig,
+        backend: AttentionBackend,
+        *,
+        initialize: bool,
+    ) -> None:
+        super().__init__()
+        vision, projector = image.vision_encoder, image.vision_projector
+        self.encoder = VisionTower(vision, stage, parallel, training, backend, initialize=initialize)
+        self.encoder.requires_grad_(not vision.freeze)
+        self.projector = None
+        if Part.PROJECTOR in stage.parts:
+            self.projector = Projector(
+                projector, vision.spatial_merge_size, parallel, training, initialize=initialize
+            )
+            self.projector.requires_grad_(not projector.freeze)
+
+    def forward(self, hidden: Tensor | None, pixel_values: Tensor | None, grid_thw: Tensor) -> Tensor:
+        """Vision states [p, 1, e], or image embeddings [p/merge^2, 1, h] where the projector lives."""
+        hidden = self.encoder(hidden, pixel_values, grid_thw)
+        return hidden if self.projector is None else self.projector(hidden)

@@ -1,0 +1,212 @@
+"""The training loop: iterations on megatron's schedules, reports, evaluations, saves."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from mindspeed_mm.errors import NumericError
+from mindspeed_mm.training.checkpoint import Trainee, TrainState, save_checkpoint
+from mindspeed_mm.training.metrics import IterationMetrics, Reporter
+from mindspeed_mm.training.optimizer import current_learning_rate
+from mindspeed_mm.training.step import StepResult, forward_step, loss_kind, summarise
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    from mindspeed_mm.config import RunConfig
+    from mindspeed_mm.ops.batch import Batch
+    from mindspeed_mm.plan import StagePlan
+    from mindspeed_mm.platform import Groups, Platform
+    from mindspeed_mm.training.relay import BatchRelay
+
+logger = logging.getLogger(__name__)
+
+LoaderFactory = Callable[[], "BatchRelay"]
+
+
+@dataclass(slots=True)
+class Trainer:
+    """One rank of a run, ready to train.
+
+    `relay` hands out this rank's training batches; `validation` makes a fresh relay over the validation set, or is None.
+    """
+
+    run: RunConfig
+    plan: StagePlan
+    groups: Groups
+    platform: Platform
+    models: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    relay: BatchRelay
+    validation: LoaderFactory | None
+    reporter: Reporter | None
+    state: TrainState
+
+    @property
+    def trainee(self) -> Trainee:
+        """What saves write."""
+        return Trainee([model.module for model in self.models], self.optimizer, self.scheduler)
+
+    # ---- the loop --------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Run to `train_iters`, with saves and evaluations on their intervals and at the end.
+
+        Raises:
+            NumericError: the gradient norm is not finite (unless the check is switched off).
+        """
+        training, checkpoint = self.run.training, self.run.checkpoint
+        connect_schedule(self.models, self.optimizer, overlaps_gather=self.run.optimizer.overlap_param_gather)
+        iterators = self.relay.iterators()
+        saved_at = self.state.iteration
+        # Full collections walk every autograd node; Megatron's multimodal entry point uses the same thresholds.
+        gc.set_threshold(700, 10, 1000)
+        while self.state.iteration < training.train_iters:
+            self._iterate(iterators)
+            if self.validation is not None and self.state.iteration % training.eval_interval == 0:
+                self.evaluate(f"iteration {self.state.iteration}")
+            if checkpoint.save and checkpoint.save_interval and self.state.iteration % checkpoint.save_interval == 0:
+                self.save()
+                saved_at = self.state.iteration
+            if training.exit_interval and self.state.iteration % training.exit_interval == 0:
+                logger.info("exiting at iteration %d, a multiple of --exit-interval", self.state.iteration)
+                break
+        if checkpoint.save and saved_at != self.state.iteration:
+            self.save()
+        if self.validation is not None and self.state.iteration % training.eval_interval != 0:
+            self.evaluate(f"iteration {self.state.iteration} on validation set")
+
+    def save(self) -> None:
+        """Write a training save at the present position."""
+        assert self.run.checkpoint.save is not None
+        save_checkpoint(Path(self.run.checkpoint.save), self.run, self.plan, self.groups, self.trainee, self.state)
+
+    def _iterate(self, iterators: list[Iterator[Batch]]) -> None:
+        started = time.perf_counter()
+        learning_rate = current_learning_rate(self.optimizer)
+        self.relay.flush()
+        for model in self.models:
+            model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        result = self._forward_backward(iterators)
+        updated, grad_norm, num_zeros = self.optimizer.step()
+        if self.run.training.check_for_nan_in_loss_and_grad and not math.isfinite(grad_norm or 0.0):
+            raise NumericError(
+                f"the gradient norm of iteration {self.state.iteration + 1} is {grad_norm}.\n"
+                "  Nothing was saved after it. Look at the data of this iteration and at the learning rate;"
+                " --no-check-for-nan-in-loss-and-grad goes on regardless."
+            )
+        global_batch = self.run.training.global_batch_size
+        if updated:
+            self.scheduler.step(increment=global_batch)
+        self.state.iteration += 1
+        self.state.consumed_samples += global_batch
+        self.platform.synchronize()
+        if self.reporter is not None and result is not None:
+            self.reporter.iteration(
+                self._metrics(result, time.perf_counter() - started, learning_rate, grad_norm, num_zeros, updated)
+            )
+
+    def _metrics(
+        self,
+        result: StepResult,
+        elapsed_s: float,
+        learning_rate: float,
+        grad_norm: float | None,
+        num_zeros: int | None,
+        updated: bool,
+    ) -> IterationMetrics:
+        training = self.run.training
+        return IterationMetrics(
+            iteration=self.state.iteration,
+            train_iters=training.train_iters,
+            consumed_samples=self.state.consumed_samples,
+            elapsed_ms=elapsed_s * 1000,
+            learning_rate=learning_rate,
+            global_batch_size=training.global_batch_size,
+            loss=result.loss,
+            grad_norm=grad_norm or 0.0,
+            tokens_per_sample=result.tokens_per_sample,
+            tokens_per_second=result.tokens_per_sample * training.global_batch_size / elapsed_s,
+            supervised_tokens=result.supervised_tokens,
+            loss_scale=float(self.optimizer.get_loss_scale()),
+            num_zeros=float(num_zeros or 0),
+            skipped_iterations=0 if updated else 1,
+            nan_iterations=0 if math.isfinite(result.loss) else 1,
+        )
+
+    def _forward_backward(
+        self, iterators: list[Iterator[Batch]], *, forward_only: bool = False, num_micro_batches: int | None = None
+    ) -> StepResult | None:
+        training = self.run.training
+        kind = loss_kind(training)
+        interleaved = len(self.models) > 1
+        measures = get_forward_backward_func()(
+            forward_step_func=partial(forward_step, kind=kind),
+            data_iterator=iterators if interleaved else iterators[0],
+            model=self.models if interleaved else self.models[0],
+            num_microbatches=num_micro_batches or training.num_micro_batches(self.groups.ranks.dp_size),
+            # Both are ignored: shapes vary and are exchanged before every transfer.
+            seq_length=training.seq_length,
+            micro_batch_size=training.micro_batch_size,
+            forward_only=forward_only,
+        )
+        if not measures:
+            return None
+        return summarise(measures, kind, self.groups.dp, self.platform.device)
+
+    # ---- evaluation ------------------------------------------------------------------------------------------------
+
+    def evaluate(self, prefix: str) -> None:
+        """Mean loss over the start of the validation set, the same samples every time."""
+        assert self.validation is not None
+        relay = self.validation()
+        iterators = relay.iterators()
+        results: list[StepResult] = []
+        with torch.no_grad():
+            for model in self.models:
+                model.eval()
+            for _ in range(self.run.training.eval_iters):
+                result = self._forward_backward(iterators, forward_only=True)
+                relay.flush()
+                if result is not None:
+                    results.append(result)
+            for model in self.models:
+                model.train()
+        if self.reporter is not None and results:
+            values = {"loss": sum(result.loss for result in results) / len(results)}
+            if self.run.logging.log_tps:
+                values["tokens per sample"] = sum(r.tokens_per_sample for r in results) / len(results)
+            self.reporter.validation(prefix, values)
+
+
+def connect_schedule(
+    models: list[DistributedDataParallel], optimizer: MegatronOptimizer | None, *, overlaps_gather: bool = False
+) -> None:
+    """Tell the settings that megatron's schedules read how to finish gradients and when to leave them unsynchronised."""
+    config: Any = models[0].module.config
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = None if optimizer is None else optimizer.scale_loss
+    if models[0].ddp_config.overlap_grad_reduce:
+        config.no_sync_func = _one_or_all([model.no_sync for model in models])
+    if overlaps_gather:
+        config.param_sync_func = _one_or_all([model.start_param_sync for model in models])
+
+
+def _one_or_all(functions: list[Any]) -> Any:
+    return functions[0] if len(functions) == 1 else functions
