@@ -73,8 +73,6 @@ class Platform(ABC):
 
     name: ClassVar[str]
     """Word of --device; also the torch device type."""
-    attention: ClassVar[str]
-    """Name of the attention backend that is used unless the user asks for another one."""
     environment_defaults: ClassVar[Mapping[str, str]] = {}
     """Environment variables that are set before the device is first used, if the user has not set them."""
 
@@ -85,6 +83,11 @@ class Platform(ABC):
     def device(self) -> torch.device:
         """The device of this process."""
         return torch.device(self.name, self.local_rank)
+
+    @property
+    @abstractmethod
+    def attention(self) -> str:
+        """Name of the attention backend that is used unless the user asks for another one."""
 
     @property
     @abstractmethod
@@ -115,6 +118,14 @@ class Platform(ABC):
     @abstractmethod
     def manual_seed(self, seed: int) -> None:
         """Seed the generators of the host and of the device."""
+
+    @abstractmethod
+    def rng_state(self) -> Tensor:
+        """State of the device's generator, a uint8 tensor on the CPU; on CPU that is the host's generator."""
+
+    @abstractmethod
+    def set_rng_state(self, state: Tensor) -> None:
+        """Put back what rng_state() gave."""
 
     @abstractmethod
     def memory(self) -> MemoryStats:

@@ -24,11 +24,14 @@ class CpuPlatform(Platform):
     """The host processor."""
 
     name = "cpu"
-    attention = "sdpa"
 
     @property
     def device(self) -> torch.device:
         return _CPU
+
+    @property
+    def attention(self) -> str:
+        return "sdpa"
 
     @property
     def fused(self) -> FusedOps:
@@ -51,6 +54,12 @@ class CpuPlatform(Platform):
 
     def manual_seed(self, seed: int) -> None:
         host_seed(seed)
+
+    def rng_state(self) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        torch.set_rng_state(state)
 
     def memory(self) -> MemoryStats:
         return MemoryStats(allocated_bytes=_resident_bytes(), peak_bytes=_peak_resident_bytes())
@@ -119,15 +128,22 @@ def choose_matmul_precision(max_error: float = MAX_MATMUL_ERROR) -> MatmulChoice
     return MatmulChoice(before, matmul_error())
 
 
-def matmul_error(size: int = 256) -> float:
+_MEASURED_SHAPES = ((256, 256, 256), (64, 512, 1024), (1, 128, 96))
+"""(rows, inner, columns): square, a linear layer, and one row; kernels are chosen by shape."""
+
+
+def matmul_error() -> float:
     """Largest error of fp32 products (plain, transposed, batched) against float64, relative to the largest entry."""
     generator = torch.Generator().manual_seed(0)
-    a = torch.randn(size, size, generator=generator)
-    b = torch.randn(size, size, generator=generator)
-    exact = a.double() @ b.double()
-    batch = torch.matmul(a.expand(2, size, size), b.expand(2, size, size))[1]
-    results = (a @ b, torch.nn.functional.linear(a, b.t().contiguous()), batch)
-    return max(float((result.double() - exact).abs().max() / exact.abs().max()) for result in results)
+    worst = 0.0
+    for rows, inner, columns in _MEASURED_SHAPES:
+        a = torch.randn(rows, inner, generator=generator)
+        b = torch.randn(inner, columns, generator=generator)
+        exact = a.double() @ b.double()
+        batched = torch.bmm(a.expand(2, rows, inner), b.expand(2, inner, columns))[1]
+        for result in (a @ b, torch.nn.functional.linear(a, b.t().contiguous()), batched):
+            worst = max(worst, float((result.double() - exact).abs().max() / exact.abs().max()))
+    return worst
 
 
 def _current_device() -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -21,7 +22,10 @@ class CudaPlatform(Platform):
     """GPUs over NCCL, with gloo for CPU tensors."""
 
     name = "cuda"
-    attention = "varlen"
+
+    @property
+    def attention(self) -> str:
+        return "sdpa" if find_varlen_attention() is None else "varlen"
 
     @property
     def fused(self) -> FusedOps:
@@ -54,11 +58,22 @@ class CudaPlatform(Platform):
     def manual_seed(self, seed: int) -> None:
         torch.manual_seed(seed)
 
+    def rng_state(self) -> Tensor:
+        return torch.cuda.get_rng_state()
+
+    def set_rng_state(self, state: Tensor) -> None:
+        torch.cuda.set_rng_state(state)
+
     def memory(self) -> MemoryStats:
         return MemoryStats(torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated())
 
     def reset_peak_memory(self) -> None:
         torch.cuda.reset_peak_memory_stats()
+
+    def enable_determinism(self) -> None:
+        # cuBLAS reads it when its handle is made; without it torch refuses its products.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        super().enable_determinism()
 
 
 def cuda_problem() -> str | None:

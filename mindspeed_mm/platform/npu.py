@@ -34,7 +34,6 @@ class NpuPlatform(Platform):
     """NPUs over HCCL, with gloo for CPU tensors."""
 
     name = "npu"
-    attention = "npu_fusion"
     environment_defaults: ClassVar[Mapping[str, str]] = {
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "ASCEND_SLOG_PRINT_TO_STDOUT": "0",
@@ -47,6 +46,10 @@ class NpuPlatform(Platform):
         "ASCEND_LAUNCH_BLOCKING": "0",
         "ACLNN_CACHE_LIMIT": "100000",
     }
+
+    @property
+    def attention(self) -> str:
+        return "npu_fusion"
 
     @property
     def fused(self) -> FusedOps:
@@ -86,6 +89,12 @@ class NpuPlatform(Platform):
         torch.manual_seed(seed)
         _npu().manual_seed_all(seed)
 
+    def rng_state(self) -> torch.Tensor:
+        return _npu().get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        _npu().set_rng_state(state)
+
     def memory(self) -> MemoryStats:
         return MemoryStats(_npu().memory_allocated(), _npu().max_memory_allocated())
 
@@ -105,7 +114,7 @@ class NpuPlatform(Platform):
     def enable_determinism(self) -> None:
         os.environ.setdefault("HCCL_DETERMINISTIC", "true")
         os.environ.setdefault("CLOSE_MATMUL_K_SHIFT", "1")
-        torch.use_deterministic_algorithms(True)
+        super().enable_determinism()
 
     def cuda_names(self) -> Mapping[str, object]:
         npu = _npu()
@@ -140,29 +149,44 @@ class NpuPlatform(Platform):
 def npu_problem() -> str | None:
     """Why no NPU can be used here; None if one can.
 
-    Imports torch_npu if it is installed. A failed import (CANN not sourced, a second accelerator, wrong CANN path)
-    leaves neither half of the package in sys.modules nor its change of the autoload variable behind.
+    Imports torch_npu if it is installed, under the environment defaults of the platform. A failed import (CANN not
+    sourced, a second accelerator, wrong CANN path) leaves nothing behind: neither half of the package in sys.modules,
+    nor its change of the autoload variable, nor our defaults.
     """
     if "torch_npu" not in sys.modules and find_spec("torch_npu") is None:
         return "torch_npu is not installed."
-    autoload = os.environ.get(_AUTOLOAD)
-    before = set(sys.modules)
+    names = (*NpuPlatform.environment_defaults, _AUTOLOAD)
+    before = {name: os.environ.get(name) for name in names}
     for name, value in NpuPlatform.environment_defaults.items():
         os.environ.setdefault(name, value)
+    problem = _import_problem()
+    # torch_npu changes the autoload variable while it is imported and puts it back only on success.
+    _restore_environment(before if problem is not None else {_AUTOLOAD: before[_AUTOLOAD]})
+    if problem is not None:
+        return problem
+    # Not torch.accelerator: it answers "npu" even with no device.
+    return None if _npu().is_available() else "torch_npu finds no device (see npu-smi info)."
+
+
+def _import_problem() -> str | None:
+    before = set(sys.modules)
     try:
         import_module("torch_npu")
     except Exception as error:
-        # ImportError: no CANN. RuntimeError: npu and cuda. Bare Exception: wrong CANN path.
+        # ImportError: no CANN. RuntimeError: npu and cuda at once. Bare Exception: wrong CANN path.
         for name in [name for name in sys.modules if name.partition(".")[0] == "torch_npu" and name not in before]:
             del sys.modules[name]
-        return f"torch_npu cannot be imported: {error}"
-    finally:
-        if autoload is None:
-            os.environ.pop(_AUTOLOAD, None)
+        hint = " Source CANN's set_env.sh first." if isinstance(error, ImportError) else ""
+        return f"torch_npu cannot be imported: {error}.{hint}"
+    return None
+
+
+def _restore_environment(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
         else:
-            os.environ[_AUTOLOAD] = autoload
-    # Not torch.accelerator: it answers "npu" even with no device.
-    return None if _npu().is_available() else "torch_npu finds no device (see npu-smi info)."
+            os.environ[name] = value
 
 
 def _npu() -> ModuleType:

@@ -6,6 +6,7 @@ and recompute in a worker thread, where the mode is inactive, and no CPU test sh
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -138,6 +139,11 @@ def _rng_helpers(patcher: Patcher, platform: Platform) -> None:
     patcher.set(random, "_set_cuda_rng_state", replacements.set_rng_state)
 
 
+def _rng_warning(patcher: Patcher, platform: Platform) -> None:
+    logger = logging.getLogger("megatron.core.tensor_parallel.random")
+    patcher.set(logger, "filters", [*logger.filters, replacements.drop_generator_warning])
+
+
 def _quantize_param_shard(patcher: Patcher, platform: Platform) -> None:
     # Both names are bound: the optimizer imported the function by value.
     for module in ("megatron.core.fp8_utils", "megatron.core.optimizer.distrib_optimizer"):
@@ -245,6 +251,17 @@ PATCHES: tuple[Patch, ...] = (
         platforms=_OFF_CUDA,
         phase=Phase.LATE,
         apply=_rng_helpers,
+    ),
+    Patch(
+        target="logger megatron.core.tensor_parallel.random",
+        reason="on CPU the host's generator is the device's, so every fork of the tracker warns that it changed",
+        upstream="megatron/core/tensor_parallel/random.py: CPU RNG state changed within GPU RNG context",
+        versions=_SUPPORTED,
+        test=_TESTS + "test_patches.py::test_rng_tracker_forks_and_returns",
+        delete_when="with the rows of torch.cuda",
+        platforms=frozenset({"cpu"}),
+        phase=Phase.LATE,
+        apply=_rng_warning,
     ),
     Patch(
         target="megatron.core.fp8_utils.quantize_param_shard",

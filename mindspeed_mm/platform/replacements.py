@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -103,6 +104,11 @@ def get_rng_state(device: object = "cuda", clone: bool = False, graph_safe: bool
 def set_rng_state(new_state: Tensor, device: object = -1, graph_safe: bool = False) -> None:
     """Set the random state of the device now, not when CUDA starts."""
     torch.cuda.set_rng_state(new_state)
+
+
+def drop_generator_warning(record: logging.LogRecord) -> bool:
+    """Logging filter: False for the warning that the CPU generator moved while a device state was forked."""
+    return not record.getMessage().startswith("CPU RNG state changed")
 
 
 def skip_without_params(call: Callable[..., None]) -> Callable[..., None]:
