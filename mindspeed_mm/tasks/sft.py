@@ -18,7 +18,7 @@ from mindspeed_mm.plan.dry_run import render_dry_run
 from mindspeed_mm.tasks.logs import set_up_logging
 
 if TYPE_CHECKING:
-    from mindspeed_mm.platform import Groups
+    from mindspeed_mm.platform.groups import Groups
     from mindspeed_mm.training.loop import Trainer
 
 logger = logging.getLogger(__name__)

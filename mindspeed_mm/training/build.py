@@ -19,7 +19,8 @@ from mindspeed_mm.models.qwen2vl.chunk import Qwen2VLChunk, build_chunk
 if TYPE_CHECKING:
     from mindspeed_mm.config import OptimizerConfig, RunConfig, TrainingConfig
     from mindspeed_mm.plan import StagePlan
-    from mindspeed_mm.platform import Groups, Platform
+    from mindspeed_mm.platform.base import Platform
+    from mindspeed_mm.platform.groups import Groups
     from mindspeed_mm.storage.layout import Iteration
 
 logger = logging.getLogger(__name__)

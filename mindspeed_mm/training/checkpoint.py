@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mindspeed_mm.config import RunConfig
     from mindspeed_mm.models.qwen2vl.chunk import Qwen2VLChunk
     from mindspeed_mm.plan import StagePlan
-    from mindspeed_mm.platform import Groups
+    from mindspeed_mm.platform.groups import Groups
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from mindspeed_mm.ops.batch import Batch
 
 if TYPE_CHECKING:
-    from mindspeed_mm.platform import Ranks
+    from mindspeed_mm.platform.groups import Ranks
 
 
 class BatchRelay:

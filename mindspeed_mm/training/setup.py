@@ -23,7 +23,8 @@ from mindspeed_mm.training.relay import BatchRelay
 if TYPE_CHECKING:
     from mindspeed_mm.config import RunConfig
     from mindspeed_mm.ops.batch import Batch
-    from mindspeed_mm.platform import Groups, Platform
+    from mindspeed_mm.platform.base import Platform
+    from mindspeed_mm.platform.groups import Groups
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from mindspeed_mm.ops.attention import AttentionBackend
-    from mindspeed_mm.platform import Platform
+    from mindspeed_mm.platform.base import Platform
 
 
 def attention_backend(platform: Platform) -> AttentionBackend:

@@ -18,7 +18,7 @@ from mindspeed_mm.plan import Part, Stage, StagePlan, Stream
 if TYPE_CHECKING:
     from mindspeed_mm.config import ParallelConfig, Qwen2VLConfig, TrainingConfig
     from mindspeed_mm.ops.batch import Batch
-    from mindspeed_mm.platform import Platform
+    from mindspeed_mm.platform.base import Platform
 
 
 class Qwen2VLChunk(MegatronModule):
