@@ -1,5 +1,6 @@
 """Settings: typed once, frozen, checked at the edge. Imports neither torch nor megatron."""
 
+from mindspeed_mm.config.arguments import parse_command_line
 from mindspeed_mm.config.base import Settings, load_settings, parse_settings, read_json
 from mindspeed_mm.config.data import (
     Attributes,
@@ -51,6 +52,7 @@ __all__ = [
     "VisionEncoderConfig",
     "VisionProjectorConfig",
     "load_settings",
+    "parse_command_line",
     "parse_settings",
     "read_json",
 ]

@@ -244,13 +244,18 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else "."
 
 
-def render_validation_error(error: ValidationError) -> list[str]:
-    """One complete sentence or more per problem that pydantic found."""
-    return [_render_problem(detail) for detail in error.errors(include_url=False)]
+def render_validation_error(error: ValidationError, names: Mapping[str, str] | None = None) -> list[str]:
+    """One complete sentence or more per problem that pydantic found.
+
+    Args:
+        names: what fields are called where the user wrote them, if not by their own name.
+    """
+    return [_render_problem(detail, names or {}) for detail in error.errors(include_url=False)]
 
 
-def _render_problem(detail: Mapping[str, Any]) -> str:
+def _render_problem(detail: Mapping[str, Any], names: Mapping[str, str]) -> str:
     name = _location(detail["loc"])
+    name = names.get(name, name)
     kind, value = detail["type"], detail.get("input")
     if kind == "missing":
         return f"{name} is missing."

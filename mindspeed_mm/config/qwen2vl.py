@@ -11,6 +11,14 @@ from mindspeed_mm.config.base import Ints, Settings, StageLists, parse_settings
 from mindspeed_mm.config.qwen2vl_hf import qwen2vl_json_from_hf
 
 DtypeName = Literal["bf16", "fp16", "half", "fp32", "float16", "float32"]
+_DTYPES: dict[str, Literal["bf16", "fp16", "fp32"]] = {
+    "bf16": "bf16",
+    "fp16": "fp16",
+    "half": "fp16",
+    "float16": "fp16",
+    "fp32": "fp32",
+    "float32": "fp32",
+}
 
 
 class _Module(Settings):
@@ -24,6 +32,13 @@ class _Module(Settings):
     """Accepted so that existing files load; `--bf16` and `--fp16` decide."""
     init_method_std: float = Field(default=0.02, gt=0)
     """Standard deviation of random weights; without effect when a checkpoint is loaded."""
+
+    @property
+    def dtype_said(self) -> Literal["bf16", "fp16", "fp32"] | None:
+        """The precision that the file names; None if it names none."""
+        if self.params_dtype is not None:
+            return _DTYPES[self.params_dtype]
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else None
 
 
 class _LayerStack(_Module):

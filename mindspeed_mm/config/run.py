@@ -30,7 +30,9 @@ class ParallelConfig(Settings):
     """Processes of the run."""
     sequence_parallel: bool = False
     """Split norms and residuals over the tensor ranks, along the sequence."""
-    context_parallel_algo: str = "megatron_cp_algo"
+    context_parallel_algo: Literal[
+        "megatron_cp_algo", "ulysses_cp_algo", "hybrid_cp_algo", "hybrid_adaptive_cp_algo", "kvallgather_cp_algo"
+    ] = "megatron_cp_algo"
     """How attention works across context ranks; without effect at cp_size 1."""
     ulysses_degree_in_cp: int | None = Field(default=None, gt=0)
     """Ranks of the all-to-all part in the hybrid algorithm."""
@@ -86,7 +88,7 @@ class TrainingConfig(Settings):
     check_for_nan_in_loss_and_grad: bool = True
     """Stop when the loss or a gradient is not finite."""
     use_deter_comp: bool = False
-    """Deterministic kernels only."""
+    """Use deterministic kernels only."""
     exit_interval: int | None = Field(default=None, gt=0)
     """Save and stop when the iteration is a multiple of this."""
     exit_duration_in_mins: int | None = Field(default=None, gt=0)
@@ -158,7 +160,7 @@ class OptimizerConfig(Settings):
     overlap_grad_reduce: bool = False
     """Reduce gradients while backward still runs."""
     overlap_param_gather: bool = False
-    """Gather updated weights while forward already runs; needs the two settings above."""
+    """Gather updated weights while forward already runs; needs use_distributed_optimizer and overlap_grad_reduce."""
     accumulate_allreduce_grads_in_fp32: bool = False
     """Keep and reduce gradients in fp32; always on with bf16."""
     weight_decay_exclude_modules: Names = ()
@@ -184,8 +186,8 @@ class CheckpointConfig(Settings):
     """Directory for a Hugging Face export at the end."""
     ckpt_step: int | None = Field(default=None, gt=0)
     """Iteration to load; the latest when not given."""
-    ckpt_format: Literal["torch", "torch_dist"] = "torch_dist"
-    """Format of saves."""
+    ckpt_format: Literal["torch", "torch_dist"] = "torch"
+    """Format of saves: the converter's layout, or megatron-core's distributed one."""
     no_load_optim: bool = False
     """Do not load optimizer state."""
     no_load_rng: bool = False
