@@ -20,7 +20,7 @@ from mindspeed_mm.platform.base import Backend, FusedOps, MemoryStats, Platform,
 _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 # fmt: off
-_REDIRECTED = (
+REDIRECTED = (
     "current_device", "set_device", "device_count", "synchronize", "Stream", "Event", "stream", "set_stream",
     "current_stream", "default_stream", "manual_seed", "manual_seed_all", "empty_cache", "memory_stats",
     "memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved", "reset_peak_memory_stats",
@@ -118,7 +118,7 @@ class NpuPlatform(Platform):
 
     def cuda_names(self) -> Mapping[str, object]:
         npu = _npu()
-        names: dict[str, object] = {name: getattr(npu, name) for name in _REDIRECTED}
+        names: dict[str, object] = {name: getattr(npu, name) for name in REDIRECTED}
         for name in ("get_rng_state", "set_rng_state"):
             call = self._with_redirected_device(getattr(npu, name))
             names[name] = names[f"random.{name}"] = call

@@ -129,10 +129,6 @@ def _compile_at_import(patcher: Patcher, platform: Platform) -> None:
     patcher.set(import_module("torch"), "compile", replacements.identity_decorator)
 
 
-def _jit_fuser(patcher: Patcher, platform: Platform) -> None:
-    patcher.set(import_module("megatron.core.jit"), "jit_fuser", replacements.identity_decorator)
-
-
 def _rng_helpers(patcher: Patcher, platform: Platform) -> None:
     random = import_module("megatron.core.tensor_parallel.random")
     patcher.set(random, "_get_cuda_rng_state", replacements.get_rng_state)
@@ -221,24 +217,13 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         target="torch.compile",
         reason="fusions compile on first use: a C++ compiler on CPU, an Ascend Triton stack on NPU",
-        upstream="megatron/core/jit.py: jit_fuser = torch.compile, bound by fusions while megatron.core is imported",
+        upstream="megatron/core/jit.py: jit_fuser = torch.compile, bound while megatron.core is imported",
         versions=_SUPPORTED,
         test=_TESTS + "test_activate.py::test_megatron_fusions_are_plain_functions",
         delete_when="megatron-core lets jit_fuser be chosen before it is bound",
         platforms=_OFF_CUDA,
         phase=Phase.IMPORT,
         apply=_compile_at_import,
-    ),
-    Patch(
-        target="megatron.core.jit.jit_fuser",
-        reason="the same for modules that are imported later",
-        upstream="megatron/core/jit.py",
-        versions=_SUPPORTED,
-        test=_TESTS + "test_activate.py::test_megatron_fusions_are_plain_functions",
-        delete_when="with the row torch.compile",
-        platforms=_OFF_CUDA,
-        phase=Phase.LATE,
-        apply=_jit_fuser,
     ),
     Patch(
         target="megatron.core.tensor_parallel.random.{_get_cuda_rng_state, _set_cuda_rng_state}",

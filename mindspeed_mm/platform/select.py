@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from importlib import import_module
 
 from mindspeed_mm.errors import SetupError
@@ -75,20 +76,28 @@ def activate(platform: Platform) -> None:
     patcher = _ACTIVATION.patcher
     try:
         apply_patches(patcher, platform, Phase.EARLY)
-        at_import = Patcher()
-        try:
-            apply_patches(at_import, platform, Phase.IMPORT)
-            import_module("megatron.core")
-        finally:
-            at_import.undo()
-        _ACTIVATION.imported_by_us = True
-        apply_patches(patcher, platform, Phase.LATE)
+        with warnings.catch_warnings():
+            if platform.name != "cuda":
+                # Off CUDA they cannot be installed, so nobody can act on the advice.
+                warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+            _import_megatron(platform)
+            apply_patches(patcher, platform, Phase.LATE)
     except BaseException:
         patcher.undo()
         raise
     _ACTIVATION.platform = platform
     for line in platform.prepare():
         logger.info(line)
+
+
+def _import_megatron(platform: Platform) -> None:
+    at_import = Patcher()
+    try:
+        apply_patches(at_import, platform, Phase.IMPORT)
+        import_module("megatron.core")
+    finally:
+        at_import.undo()
+    _ACTIVATION.imported_by_us = True
 
 
 def undo() -> None:
