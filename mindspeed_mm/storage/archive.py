@@ -67,7 +67,9 @@ def _check_records(path: Path, records: Mapping[str, Record], size: int) -> None
     end = 0
     for name, record in sorted(records.items(), key=lambda item: item[1].offset):
         if record.offset < end or record.offset + record.nbytes > size:
-            raise CheckpointError(f"{path}: record {name} overlaps another one or ends behind the file ({size:,} bytes).")
+            raise CheckpointError(
+                f"{path}: record {name} overlaps another one or ends behind the file ({size:,} bytes)."
+            )
         end = record.offset + record.nbytes
 
 
@@ -92,7 +94,12 @@ def plan_archive(pickle_data: bytes, storages: Mapping[str, int], *, stem: str) 
         stem: name of the directory inside the container; torch uses the file's name without suffix.
     """
     writer = _ArchivePlanner(stem)
-    for name, data in (("data.pkl", pickle_data), (".format_version", b"1"), (".storage_alignment", b"64"), ("byteorder", b"little")):
+    for name, data in (
+        ("data.pkl", pickle_data),
+        (".format_version", b"1"),
+        (".storage_alignment", b"64"),
+        ("byteorder", b"little"),
+    ):
         writer.add(name, len(data), data)
     offsets = {key: writer.add(f"data/{key}", nbytes) for key, nbytes in storages.items()}
     writer.add("version", 2, b"3\n")
@@ -121,7 +128,9 @@ class _ArchivePlanner:
         checksum = 0 if data is None else zlib.crc32(data)
         padding = -(header_offset + _LOCAL.size + len(full_name) + 4) % ALIGNMENT
         extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
-        self._literal(_LOCAL.pack(0x04034B50, 0, _FLAGS, 0, 0, 0, 0, 0, 0, len(full_name), len(extra)) + full_name + extra)
+        self._literal(
+            _LOCAL.pack(0x04034B50, 0, _FLAGS, 0, 0, 0, 0, 0, 0, len(full_name), len(extra)) + full_name + extra
+        )
         offset = self.position
         if data is None:
             self.position += nbytes
@@ -148,4 +157,3 @@ class _ArchivePlanner:
         self._literal(struct.pack("<IIQI", 0x07064B50, 0, end, 1))
         short = (min(count, 0xFFFF), min(count, 0xFFFF), min(len(directory), 0xFFFFFFFF), min(start, 0xFFFFFFFF))
         self._literal(struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, *short, 0))
-

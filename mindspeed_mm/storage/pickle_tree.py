@@ -80,7 +80,9 @@ def parse_pickle(data: bytes, *, where: str) -> Any:
         CheckpointError: the bytes are not a whole pickle.
     """
     if len(data) > MAX_PICKLE_BYTES:
-        raise CheckpointError(f"{where}: a pickle of {len(data):,} bytes is refused; checkpoints have far smaller ones.")
+        raise CheckpointError(
+            f"{where}: a pickle of {len(data):,} bytes is refused; checkpoints have far smaller ones."
+        )
     try:
         return _Reader().read(data)
     except CheckpointError:
@@ -304,7 +306,9 @@ class _Writer:
             yield from self._call(node, depth)
         elif isinstance(node, bytes | bytearray):
             encode = Call(Global("_codecs", "encode"), (node.decode("latin1"), "latin1"))
-            yield from self.emit(encode if isinstance(node, bytes) else Call(Global("builtins", "bytearray"), (encode,)), depth)
+            yield from self.emit(
+                encode if isinstance(node, bytes) else Call(Global("builtins", "bytearray"), (encode,)), depth
+            )
         elif isinstance(node, set | frozenset):
             name = "set" if isinstance(node, set) else "frozenset"
             yield from self.emit(Call(Global("builtins", name), (list(node),)), depth)
@@ -315,7 +319,9 @@ class _Writer:
         yield from self.emit(node.target, depth)
         yield from self.emit(node.args, depth)
         if node.kwargs is not None:
-            raise CheckpointError(f"{node.target} was built with keyword arguments; such a value cannot be written back.")
+            raise CheckpointError(
+                f"{node.target} was built with keyword arguments; such a value cannot be written back."
+            )
         yield b"\x81" if node.is_new else b"R"
         yield from self._items(node.appended, depth)
         yield from self._entries(node.entries, depth)

@@ -26,7 +26,9 @@ def check_target(final: Path, *, overwrite: bool = False) -> None:
         SetupError: the directory above it is not writable, or is writable for everybody.
     """
     if final.is_symlink():
-        raise ConfigError(str(final), "is a symbolic link; name the directory itself, so that nothing else is replaced.")
+        raise ConfigError(
+            str(final), "is a symbolic link; name the directory itself, so that nothing else is replaced."
+        )
     if final.exists():
         if not final.is_dir():
             raise ConfigError(str(final), "is a file; expected a directory to write to.")

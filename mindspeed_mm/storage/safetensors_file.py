@@ -80,7 +80,9 @@ def _parse(path: Path, text: bytes, *, data_start: int, size: int) -> Safetensor
         tensors[name] = StoredTensor(path, dtype, shape, data_start + begin)
         end = stop
     if data_start + end != size:
-        raise CheckpointError(f"{path} has {size:,} bytes, but its header describes {data_start + end:,}: it is truncated or damaged.")
+        raise CheckpointError(
+            f"{path} has {size:,} bytes, but its header describes {data_start + end:,}: it is truncated or damaged."
+        )
     return SafetensorsIndex(path, {str(key): str(value) for key, value in metadata.items()}, tensors)
 
 
@@ -105,7 +107,9 @@ def _entry(path: Path, name: str, value: Any) -> tuple[Dtype, tuple[int, ...], i
     return dtype, shape, begin, end
 
 
-def plan_safetensors(tensors: Mapping[str, tuple[Dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> SafetensorsLayout:
+def plan_safetensors(
+    tensors: Mapping[str, tuple[Dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> SafetensorsLayout:
     """Lay out a safetensors file that holds `tensors` in the given order.
 
     The header is padded with blanks to a multiple of 8 bytes, as the reference implementation does it.

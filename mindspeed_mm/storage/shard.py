@@ -83,7 +83,9 @@ class ShardIndex:
         numbers = sorted(int(name[5:]) for name in names)
         if not names or "model" in top or numbers != list(range(len(names))):
             keys = ", ".join(sorted(map(str, top)))
-            raise CheckpointError(f"{self.path} holds the keys {keys}; expected 'model', or 'model0', 'model1', ... without gaps.")
+            raise CheckpointError(
+                f"{self.path} holds the keys {keys}; expected 'model', or 'model0', 'model1', ... without gaps."
+            )
         return {number: self.tensors(top[f"model{number}"]) for number in numbers}
 
 
@@ -107,10 +109,18 @@ def _check_extent(
     expected = 1
     for extent, step in zip(reversed(shape), reversed(stride), strict=True):
         if extent > 1 and step != expected and prod(shape):
-            raise CheckpointError(f"{path}: a tensor of shape {list(shape)} is stored with strides {list(stride)}; expected contiguous.")
+            raise CheckpointError(
+                f"{path}: a tensor of shape {list(shape)} is stored with strides {list(stride)}; expected contiguous."
+            )
         expected *= extent
-    if min((start, count, *shape), default=0) < 0 or start + prod(shape) > count or count * dtype.itemsize > record.nbytes:
-        raise CheckpointError(f"{path}: a tensor of shape {list(shape)} reaches out of its storage of {record.nbytes:,} bytes.")
+    if (
+        min((start, count, *shape), default=0) < 0
+        or start + prod(shape) > count
+        or count * dtype.itemsize > record.nbytes
+    ):
+        raise CheckpointError(
+            f"{path}: a tensor of shape {list(shape)} reaches out of its storage of {record.nbytes:,} bytes."
+        )
 
 
 def as_items(node: Any, *, where: str) -> Iterator[tuple[Any, Any]]:
@@ -121,7 +131,11 @@ def as_items(node: Any, *, where: str) -> Iterator[tuple[Any, Any]]:
     """
     if isinstance(node, dict):
         yield from node.items()
-    elif isinstance(node, Call) and isinstance(node.target, Global) and node.target.name in ("OrderedDict", "defaultdict"):
+    elif (
+        isinstance(node, Call)
+        and isinstance(node.target, Global)
+        and node.target.name in ("OrderedDict", "defaultdict")
+    ):
         yield from node.entries
     else:
         raise CheckpointError(f"{where}: expected a dict, found {type(node).__name__}.")
@@ -138,7 +152,9 @@ def index_shard(path: Path) -> ShardIndex:
     if "data.pkl" not in records:
         raise CheckpointError(f"{path} was not written by torch.save: it has no record data.pkl.")
     if records["data.pkl"].nbytes > MAX_PICKLE_BYTES:
-        raise CheckpointError(f"{path}: its pickle has {records['data.pkl'].nbytes:,} bytes; checkpoints have far smaller ones.")
+        raise CheckpointError(
+            f"{path}: its pickle has {records['data.pkl'].nbytes:,} bytes; checkpoints have far smaller ones."
+        )
     with path.open("rb") as file:
         order = _read_record(file, records.get("byteorder"))
         data = _read_record(file, records["data.pkl"])
@@ -231,4 +247,3 @@ def tensor_node(dtype: Dtype, shape: tuple[int, ...], key: str) -> Call:
     strides = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
     storage = Persistent(("storage", Global("torch", dtype.storage), key, "cpu", prod(shape)))
     return Call(_REBUILD_TENSOR, (storage, 0, shape, strides, False, Call(Global("collections", "OrderedDict"))))
-
