@@ -1,7 +1,7 @@
 """Attention over one row of segments: the backends behind one signature.
 
-A backend is a function of (query, key, value, cu_seqlens, causal, scale). Every token attends only inside its own segment,
-causally or fully; no mask over the whole row is ever built.
+A backend is a function of (query, key, value, cu_seqlens, causal, scale). Every token attends only inside its own
+segment, causally or fully; no mask over the whole row is ever built.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ AttentionBackend = Callable[[Tensor, Tensor, Tensor, Tensor, bool, float], Tenso
 
 
 def equal_runs(boundaries: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Runs of neighbouring segments of equal length, as (start, number of segments, length); empty segments are left out.
+    """Runs of neighbouring segments of equal length, as (start, number of segments, length); empty segments are left
+    out.
 
     Example: boundaries 0, 4, 8, 10 give (0, 2, 4) and (8, 1, 2).
     """

@@ -38,8 +38,8 @@ def reduce_token_losses(losses: Tensor, samples: Tensor, num_samples: int, kind:
         kind: `default` is the mean over tokens, `sample` the mean over samples of the mean over their tokens, `token`
             the plain sum (the division by the token count of the global batch comes after the last micro-batch).
     Returns:
-        scalar float32; 0 (with zero gradients) where nothing is supervised, never NaN. Samples without supervised tokens
-        are left out of the mean over samples.
+        scalar float32; 0 (with zero gradients) where nothing is supervised, never NaN. Samples without supervised
+        tokens are left out of the mean over samples.
     """
     if kind is LossKind.PER_TOKEN or losses.numel() == 0:
         return losses.sum()

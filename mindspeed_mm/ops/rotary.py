@@ -18,7 +18,9 @@ def inverse_frequencies(dim: int, theta: float, *, device: torch.device | None =
     return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim))
 
 
-def mrope_tables(position_ids: Tensor, sections: Sequence[int], theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def mrope_tables(
+    position_ids: Tensor, sections: Sequence[int], theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine of multimodal rotary positions for the text decoder.
 
     Args:

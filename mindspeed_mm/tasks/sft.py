@@ -76,9 +76,7 @@ def train(run: RunConfig, plan: StagePlan) -> None:
     init_process_group(platform, run.runtime)
     finished = False
     try:
-        groups = init_model_parallel(
-            run.parallel, plan, timeout_minutes=run.runtime.distributed_timeout_minutes
-        )
+        groups = init_model_parallel(run.parallel, plan, timeout_minutes=run.runtime.distributed_timeout_minutes)
         seed_everything(platform, run.training.seed, groups.ranks)
         if groups.ranks.rank == 0:
             for note in run.notes:
@@ -130,9 +128,8 @@ def hf_reference(run: RunConfig) -> Path:
     if run.data is not None:
         candidates.append(run.data.dataset_param.preprocess_parameters.model_name_or_path)
     for candidate in candidates:
-        if candidate and Path(candidate).is_dir() and (Path(candidate) / "config.json").exists():
-            if recognise(Path(candidate)) == "hf":
-                return Path(candidate)
+        if candidate and (Path(candidate) / "config.json").exists() and recognise(Path(candidate)) == "hf":
+            return Path(candidate)
     raise ConfigError(
         "command line",
         "--save-hf needs a Hugging Face directory to take config.json, tokenizer and shard index from.\n"

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mindspeed_mm.config import RunConfig
     from mindspeed_mm.models.qwen2vl.chunk import Qwen2VLChunk
     from mindspeed_mm.plan import StagePlan
+    from mindspeed_mm.platform.base import Platform
     from mindspeed_mm.platform.groups import Groups
 
 logger = logging.getLogger(__name__)
@@ -48,15 +49,18 @@ class Trainee:
     """What a save writes and a resume fills."""
 
     chunks: Sequence[Qwen2VLChunk]
-    optimizer: MegatronOptimizer | None
-    scheduler: OptimizerParamScheduler | None
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    platform: Platform
 
 
-def save_checkpoint(root: Path, run: RunConfig, plan: StagePlan, groups: Groups, trainee: Trainee, state: TrainState) -> None:
+def save_checkpoint(
+    root: Path, run: RunConfig, plan: StagePlan, groups: Groups, trainee: Trainee, state: TrainState
+) -> None:
     """Write one training save; every rank calls it.
 
-    Shards go to a temporary sibling that gets its name in one step when all ranks are done; the tracker follows. A save that
-    is interrupted leaves the previous ones as they were.
+    Shards go to a temporary sibling that gets its name in one step when all ranks are done; the tracker follows. A save
+    that is interrupted leaves the previous ones as they were.
 
     Raises:
         CheckpointError, DiskFullError: writing failed.
@@ -69,9 +73,9 @@ def save_checkpoint(root: Path, run: RunConfig, plan: StagePlan, groups: Groups,
         shutil.rmtree(staging, ignore_errors=True)
         make_dir(staging)
     dist.barrier()
-    with_optimizer = trainee.optimizer is not None and not run.checkpoint.no_save_optim
+    with_optimizer = not run.checkpoint.no_save_optim
     distributed = with_optimizer and run.optimizer.use_distributed_optimizer
-    parameter_state = gather_parameter_state(trainee.optimizer) if distributed and trainee.optimizer else None
+    parameter_state = gather_parameter_state(trainee.optimizer) if distributed else None
     if groups.ranks.dp_rank == 0 and groups.ranks.cp_rank == 0:
         folder = make_dir(staging / layout.rank_name(groups.ranks.tp_rank, groups.ranks.pp_rank, plan.pp_size))
         write_shard(folder / layout.SHARD_FILE, _shard_content(run, trainee, state, with_optimizer=with_optimizer))
@@ -115,26 +119,26 @@ def load_training_state(
     folder = layout.shard_dir(root, iteration, ranks.tp_rank, ranks.pp_rank, plan.pp_size)
     content = read_shard(folder / layout.SHARD_FILE)
     state = TrainState(iteration=int(content["iteration"]), consumed_samples=_consumed_samples(content, run))
-    if not run.checkpoint.no_load_optim and trainee.optimizer is not None:
+    if not run.checkpoint.no_load_optim:
         if "optimizer" not in content:
             raise CheckpointError(
                 f"{folder} holds no optimizer state (it was saved with --no-save-optim).\n"
-                "  Add --no-load-optim to go on with fresh optimizer state, or --finetune to start again at iteration 0."
+                "  Add --no-load-optim to go on with fresh optimizer state, or --finetune to begin at iteration 0."
             )
         _load_optimizer(trainee.optimizer, content["optimizer"])
         if run.optimizer.use_distributed_optimizer:
             path = folder / layout.DISTRIB_FILE
             parameter_state = read_shard(path) if ranks.dp_rank == 0 and ranks.cp_rank == 0 else None
             scatter_parameter_state(trainee.optimizer, parameter_state)
-    if trainee.scheduler is not None:
-        if not run.checkpoint.no_load_optim:
-            _load_scheduler(trainee.scheduler, content["opt_param_scheduler"], run)
-        else:
-            trainee.scheduler.step(increment=state.consumed_samples)
+        _load_scheduler(trainee.scheduler, content["opt_param_scheduler"], run)
+    else:
+        trainee.scheduler.step(increment=state.consumed_samples)
     if not run.checkpoint.no_load_rng:
         if "rng_state" not in content:
-            raise CheckpointError(f"{folder} holds no random states (it was saved with --no-save-rng); add --no-load-rng.")
-        restore_rng(content["rng_state"][0])
+            raise CheckpointError(
+                f"{folder} holds no random states (it was saved with --no-save-rng); add --no-load-rng."
+            )
+        restore_rng(content["rng_state"][0], trainee.platform)
     return state
 
 
@@ -151,12 +155,10 @@ def _shard_content(run: RunConfig, trainee: Trainee, state: TrainState, *, with_
     }
     content.update(_model_content(trainee.chunks))
     if with_optimizer:
-        assert trainee.optimizer is not None
-        assert trainee.scheduler is not None
         content["optimizer"] = trainee.optimizer.state_dict()
         content["opt_param_scheduler"] = trainee.scheduler.state_dict()
     if not run.checkpoint.no_save_rng:
-        content["rng_state"] = [capture_rng()]
+        content["rng_state"] = [capture_rng(trainee.platform)]
     return content
 
 
@@ -220,7 +222,7 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
     except (KeyError, ValueError, AssertionError) as error:
         raise CheckpointError(
             f"the saved optimizer state does not fit this run: {error}\n"
-            "  Freeze settings, --bf16 and --use-distributed-optimizer must be those of the save; or add --no-load-optim."
+            "  Freezing, --bf16 and --use-distributed-optimizer must be as in the save; or add --no-load-optim."
         ) from error
 
 
@@ -258,36 +260,29 @@ def _load_scheduler(scheduler: OptimizerParamScheduler, saved: dict[str, Any], r
 # ---- random states -------------------------------------------------------------------------------------------------
 
 
-def capture_rng() -> dict[str, Any]:
+def capture_rng(platform: Platform) -> dict[str, Any]:
     """Random states of this process under Megatron's names."""
-    from megatron.core import tensor_parallel
-    from megatron.core.tensor_parallel import random as parallel_random
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     return {
         "random_rng_state": random.getstate(),
         "np_rng_state": np.random.get_state(),
         "torch_rng_state": torch.get_rng_state(),
-        "cuda_rng_state": _device_rng_state(parallel_random),
-        "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        "cuda_rng_state": platform.rng_state(),
+        "rng_tracker_states": get_cuda_rng_tracker().get_states(),
     }
 
 
-def restore_rng(state: dict[str, Any]) -> None:
+def restore_rng(state: dict[str, Any], platform: Platform) -> None:
     """Set the random states that `capture_rng` took."""
-    from megatron.core import tensor_parallel
-    from megatron.core.tensor_parallel import random as parallel_random
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     version, internal, gauss = state["random_rng_state"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(state["np_rng_state"])
     torch.set_rng_state(state["torch_rng_state"])
-    parallel_random._set_cuda_rng_state(state["cuda_rng_state"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["rng_tracker_states"])
-
-
-def _device_rng_state(parallel_random: Any) -> torch.Tensor:
-    get = getattr(parallel_random, "_get_cuda_rng_state", None)
-    return get() if get is not None else torch.cuda.get_rng_state()
+    platform.set_rng_state(state["cuda_rng_state"])
+    get_cuda_rng_tracker().set_states(state["rng_tracker_states"])
 
 
 def remove_staging(root: Path) -> None:

@@ -43,7 +43,8 @@ LoaderFactory = Callable[[], "BatchRelay"]
 class Trainer:
     """One rank of a run, ready to train.
 
-    `relay` hands out this rank's training batches; `validation` makes a fresh relay over the validation set, or is None.
+    `relay` hands out this rank's training batches; `validation` makes a fresh relay over the validation set, or is
+    None.
     """
 
     run: RunConfig
@@ -61,7 +62,7 @@ class Trainer:
     @property
     def trainee(self) -> Trainee:
         """What saves write."""
-        return Trainee([model.module for model in self.models], self.optimizer, self.scheduler)
+        return Trainee([model.module for model in self.models], self.optimizer, self.scheduler, self.platform)
 
     # ---- the loop --------------------------------------------------------------------------------------------------
 
@@ -199,7 +200,7 @@ class Trainer:
 def connect_schedule(
     models: list[DistributedDataParallel], optimizer: MegatronOptimizer | None, *, overlaps_gather: bool = False
 ) -> None:
-    """Tell the settings that megatron's schedules read how to finish gradients and when to leave them unsynchronised."""
+    """Give megatron's schedules the functions that finish gradients and hold back their reduction."""
     config: Any = models[0].module.config
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = None if optimizer is None else optimizer.scale_loss

@@ -64,12 +64,14 @@ def _group_arguments(
     from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 
     def key(name: str, test: Callable[[str], bool]) -> ParamKey:
-        return ParamKey(with_name_predicate=ParamWithNamePredicate(name=name, fn=lambda _, parameter_name: test(parameter_name)))
+        return ParamKey(
+            with_name_predicate=ParamWithNamePredicate(name=name, fn=lambda _, parameter_name: test(parameter_name))
+        )
 
     overrides: dict[ParamKey, dict[str, float]] = {}
     if settings.weight_decay_exclude_modules:
         overrides[key("weight_decay_exclude_modules", no_decay)] = {"wd_mult": 0.0}
-    if settings.lr_scale_modules:
+    if settings.lr_scale_modules and settings.lr is not None:
         overrides[key("lr_scale_modules", scaled)] = {
             "max_lr": settings.lr * settings.lr_mult,
             "min_lr": settings.min_lr * settings.lr_mult,
@@ -80,7 +82,7 @@ def _group_arguments(
 def build_scheduler(
     optimizer: MegatronOptimizer, settings: OptimizerConfig, training: TrainingConfig
 ) -> OptimizerParamScheduler:
-    """The learning-rate and weight-decay schedule; it counts samples, so a change of the global batch keeps its shape."""
+    """The schedule of learning rate and weight decay; it counts samples, so another global batch keeps its shape."""
     batch = training.global_batch_size
     decay = (settings.lr_decay_iters or training.train_iters) * batch
     if settings.lr_warmup_fraction is not None:

@@ -1,8 +1,9 @@
 """Gives every rank of a data-parallel replica the micro-batches that one of them loads.
 
 One rank per replica runs the loader. Others receive what their stage needs: token ids, labels, positions and segment
-boundaries everywhere, pixels only where patches are embedded. Sends are not waited for when they are posted: a stage may be
-several micro-batches behind, and a collective here would tie the stages of the pipeline together and deadlock 1F1B.
+boundaries everywhere, pixels only where patches are embedded. Sends are not waited for when they are posted: a stage
+may be several micro-batches behind, and a collective here would tie the stages of the pipeline together and deadlock
+1F1B.
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ class BatchRelay:
     def _send(self, tensor: torch.Tensor, rank: int) -> None:
         # The tensor is kept until the send is done: gloo reads it when the receiver is ready.
         tensor = tensor.contiguous()
-        self._sends.append((dist.isend(tensor, dst=rank, group=self.group), tensor))
+        work = dist.isend(tensor, dst=rank, group=self.group)
+        assert work is not None, "the loader sends to ranks of its own group"
+        self._sends.append((work, tensor))
 
     def _receive(self) -> Batch:
         size = torch.empty(1, dtype=torch.int64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,14 +54,16 @@ def find_start(run: RunConfig) -> Start:
             return Start(None, None, None)
         raise ConfigError(
             "command line",
-            "no --load: name an MM checkpoint or a Hugging Face directory, or say --init-random to start from random weights.",
+            "no --load: name an MM checkpoint or a Hugging Face directory, or say --init-random for random weights.",
         )
     if checkpoint.init_random:
         raise ConfigError("command line", "--load and --init-random exclude each other.")
     path = Path(checkpoint.load)
     if recognise(path) == "hf":
         if checkpoint.ckpt_step is not None:
-            raise ConfigError("command line", f"--ckpt-step {checkpoint.ckpt_step}: {path} is a Hugging Face directory.")
+            raise ConfigError(
+                "command line", f"--ckpt-step {checkpoint.ckpt_step}: {path} is a Hugging Face directory."
+            )
         return Start(path, None, None)
     iteration = checkpoint.ckpt_step if checkpoint.ckpt_step is not None else layout.read_tracker(path)
     if not layout.iteration_dir(path, iteration).is_dir():
@@ -95,7 +97,7 @@ def build_trainer(run: RunConfig, plan: StagePlan, groups: Groups, platform: Pla
     scheduler = build_scheduler(optimizer, run.optimizer, run.training)
     state = TrainState()
     if start.resume_iteration is not None and start.path is not None:
-        trainee = Trainee(chunks, optimizer, scheduler)
+        trainee = Trainee(chunks, optimizer, scheduler, platform)
         state = load_training_state(start.path, start.resume_iteration, run, plan, groups, trainee)
     save = Path(run.checkpoint.save) if run.checkpoint.save else None
     if ranks.rank == 0 and save is not None:
@@ -157,7 +159,7 @@ def _train_relay(run: RunConfig, plan: StagePlan, groups: Groups, state: TrainSt
     return make_relay(run, plan, groups, source)
 
 
-def _validation(run: RunConfig, plan: StagePlan, groups: Groups):  # noqa: ANN202
+def _validation(run: RunConfig, plan: StagePlan, groups: Groups) -> Callable[[], BatchRelay] | None:
     data = run.data
     if data is None or data.dataset_param.basic_parameters.val_dataset is None or run.training.eval_iters == 0:
         return None

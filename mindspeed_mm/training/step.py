@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,7 @@ def loss_kind(training: TrainingConfig) -> LossKind:
 
 def forward_step(
     iterator: Iterator[Batch], chunk: torch.nn.Module, *, kind: LossKind
-) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+) -> tuple[Tensor, Callable[[Tensor], tuple[Any, ...]]]:
     """One micro-batch through one chunk.
 
     Returns:
@@ -41,7 +41,7 @@ def forward_step(
     return chunk(batch), partial(_reduce, batch=batch, kind=kind)
 
 
-def _reduce(losses: Tensor, *, batch: Batch, kind: LossKind) -> tuple[Tensor, ...]:
+def _reduce(losses: Tensor, *, batch: Batch, kind: LossKind) -> tuple[Any, ...]:
     rows = supervised_rows(batch.labels)
     loss = reduce_token_losses(losses, sample_of_rows(rows, batch.cu_seqlens), batch.num_samples, kind)
     measures = {

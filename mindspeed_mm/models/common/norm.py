@@ -1,8 +1,8 @@
 """Norms of the transformer layers, built by megatron's layer specs.
 
 The library's own local norm refuses sequence parallelism because its weights are not marked; ours mark them, so that
-megatron sums their gradients over the tensor-parallel ranks that each saw a part of the sequence. Weights are made on torch's
-default device, which the chunk builder sets.
+megatron sums their gradients over the tensor-parallel ranks that each saw a part of the sequence. Weights are made on
+torch's default device, which the chunk builder sets.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        _mark([self.weight], config)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float32:
@@ -46,10 +46,15 @@ class LayerNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = self.bias.sequence_parallel = config.sequence_parallel
+        _mark([self.weight, self.bias], config)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
 
 
 NORMS: dict[str, type[nn.Module]] = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
+
+
+def _mark(parameters: list[nn.Parameter], config: TransformerConfig) -> None:
+    for parameter in parameters:
+        setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010, torch types no such attribute

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 
 class Qwen2VLChunk(MegatronModule):
-    """A stage of Qwen2-VL. Parameter names are those of checkpoints: `image_encoder.*`, `text_decoder.*`, layers from 0.
+    """A stage of Qwen2-VL. Parameter names are those of checkpoints: `image_encoder.*`, `text_decoder.*`, layers from
+    0.
 
     Args:
         model: model settings.
@@ -64,8 +65,8 @@ class Qwen2VLChunk(MegatronModule):
         self.pre_process = Part.TOKEN_EMBED in stage.parts
         self.post_process = Part.LM_HEAD in stage.parts
         self.vp_stage = stage.vp_stage if plan.vp_size > 1 else None
-        self.share_embeddings_and_output_weights = (
-            plan.is_tied and plan.stage_of(Part.TOKEN_EMBED) != plan.stage_of(Part.LM_HEAD)
+        self.share_embeddings_and_output_weights = plan.is_tied and plan.stage_of(Part.TOKEN_EMBED) != plan.stage_of(
+            Part.LM_HEAD
         )
         self._received: Tensor | None = None
         self.image_encoder: ImageEncoder | None = None

@@ -131,7 +131,7 @@ class TextDecoder(nn.Module):
         Args:
             input_ids: [s] int64.
             image_rows: [k] int64, where the first k image embeddings go, in order.
-            image_embeds: [m, 1, h], m >= k: what is over (the dummy image of a text-only micro-batch) gets zero gradients.
+            image_embeds: [m, 1, h], m >= k; the rest (the dummy image of a micro-batch of text) gets zero gradients.
         Returns:
             [s, 1, h].
         """

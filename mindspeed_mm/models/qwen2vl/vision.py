@@ -166,9 +166,7 @@ class ImageEncoder(nn.Module):
         self.encoder.requires_grad_(not vision.freeze)
         self.projector = None
         if Part.PROJECTOR in stage.parts:
-            self.projector = Projector(
-                projector, vision.spatial_merge_size, parallel, training, initialize=initialize
-            )
+            self.projector = Projector(projector, vision.spatial_merge_size, parallel, training, initialize=initialize)
             self.projector.requires_grad_(not projector.freeze)
 
     def forward(self, hidden: Tensor | None, pixel_values: Tensor | None, grid_thw: Tensor) -> Tensor:

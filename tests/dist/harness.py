@@ -1,0 +1,94 @@
+"""Runs a function on several real gloo processes and brings back what each returned."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_ranks(world_size: int, target: str, *args: Any, timeout_s: float = 600) -> list[Any]:
+    """Call `target(*args)` on every rank of a job.
+
+    Args:
+        world_size: processes; each has RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set and one torch thread.
+        target: "module:function".
+        args: given to every rank; picklable.
+    Returns:
+        what each rank returned, by rank.
+    """
+    context = mp.get_context("spawn")
+    queue: Any = context.SimpleQueue()
+    port = free_port()
+    # Children inherit the environment at start: one BLAS thread each, or they fight for the cores.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    processes = [
+        context.Process(target=_run, args=(rank, world_size, port, target, args, queue), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    results: dict[int, Any] = {}
+    failure = None
+    try:
+        while len(results) < world_size and failure is None:
+            rank, value, error = _get(queue, processes, timeout_s)
+            if error is None:
+                results[rank] = value
+            else:
+                failure = f"rank {rank} of {world_size} failed:\n{error}"
+    finally:
+        for process in processes:
+            process.join(timeout=1 if failure else 30)
+            if process.is_alive():
+                process.kill()
+    if failure:
+        raise AssertionError(failure)
+    return [results[rank] for rank in range(world_size)]
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _get(queue: Any, processes: Sequence[Any], timeout_s: float) -> tuple[int, Any, str | None]:
+    waited = 0.0
+    while not queue._reader.poll(0.5):
+        waited += 0.5
+        dead = [(i, p.exitcode) for i, p in enumerate(processes) if p.exitcode not in (None, 0)]
+        if dead and not queue._reader.poll(1.0):
+            return dead[0][0], None, f"it died with exit code {dead[0][1]}"
+        if waited > timeout_s:
+            return -1, None, f"no answer within {timeout_s} s"
+    return queue.get()
+
+
+def _run(rank: int, world_size: int, port: int, target: str, args: tuple[Any, ...], queue: Any) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    sys.path.insert(0, str(ROOT))
+    torch.set_num_threads(1)
+    try:
+        module, name = target.split(":")
+        queue.put((rank, getattr(importlib.import_module(module), name)(*args), None))
+    except BaseException:
+        queue.put((rank, None, traceback.format_exc()))
+        os._exit(1)

@@ -1,0 +1,195 @@
+"""Our side of the parity tests: real processes, real schedules, results mapped back to Hugging Face names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mindspeed_mm.config import OptimizerConfig, ParallelConfig, RuntimeConfig, TrainingConfig
+from mindspeed_mm.ops.batch import Batch
+from mindspeed_mm.plan import StagePlan
+from tests.parity.problem import make_samples, read_config, to_batch, train_everything, with_layout
+from tests.parity.reference import CLIP, LEARNING_RATE, WEIGHT_DECAY
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout of the lattice."""
+
+    tp: int = 1
+    pp: int = 1
+    vision: tuple[int, ...] = ()
+    text: tuple[int, ...] = ()
+    dp: int = 1
+    distributed_optimizer: bool = False
+    bf16: bool = False
+    steps: int = 20
+
+    @property
+    def world_size(self) -> int:
+        """Processes that the case needs."""
+        return self.tp * self.pp * self.dp
+
+    @property
+    def name(self) -> str:
+        """Identifier in test reports."""
+        lists = f"-v{'.'.join(map(str, self.vision))}-t{'.'.join(map(str, self.text))}" if self.pp > 1 else ""
+        flags = ("-dp2" if self.dp > 1 else "") + ("-dist" if self.distributed_optimizer else "")
+        return f"tp{self.tp}pp{self.pp}{lists}{flags}" + ("-bf16" if self.bf16 else "")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the last rank knows."""
+
+    logits: list[Tensor]
+    loss: float
+    losses: list[float]
+    grad_norms: list[float]
+
+
+def solve_all(cases: list[Case], checkpoints: list[Path], out: Path) -> dict[str, Any]:
+    """Every case with every checkpoint on the processes of this job; gradients go to `out/<case>-<checkpoint>`."""
+    from mindspeed_mm.platform.groups import destroy, init_process_group
+    from mindspeed_mm.platform.select import activate, choose_platform
+
+    platform = choose_platform("cpu")
+    activate(platform)
+    init_process_group(platform, RuntimeConfig(distributed_timeout_minutes=5))
+    results = {}
+    for case in cases:
+        for checkpoint in checkpoints:
+            key = f"{case.name}-{checkpoint.name}"
+            results[key] = _solve(case, checkpoint, out / key, platform)
+    destroy()
+    return results
+
+
+def _solve(case: Case, checkpoint: Path, out: Path, platform: Any) -> Result | None:
+    from megatron.core import parallel_state
+
+    from mindspeed_mm.models.qwen2vl.chunk import build_chunk
+    from mindspeed_mm.platform.groups import init_model_parallel, seed_everything
+    from mindspeed_mm.training.build import fill, wrap_chunks
+    from mindspeed_mm.training.loop import connect_schedule
+    from mindspeed_mm.training.optimizer import build_optimizer
+
+    config = read_config(checkpoint)
+    model = train_everything(config)
+    if case.pp > 1:
+        model = with_layout(model, list(case.vision), list(case.text))
+    parallel = ParallelConfig(tp_size=case.tp, pp_size=case.pp, world_size=case.world_size)
+    batches = [to_batch(samples, config) for samples in make_samples(config)]
+    training = TrainingConfig(
+        micro_batch_size=2,
+        global_batch_size=2 * len(batches),
+        train_iters=case.steps,
+        seq_length=512,
+        bf16=case.bf16,
+    )
+    settings = OptimizerConfig(
+        lr=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        clip_grad=CLIP,
+        use_distributed_optimizer=case.distributed_optimizer,
+    )
+    plan = StagePlan.build(model, parallel)
+    groups = init_model_parallel(parallel, plan, timeout_minutes=5)
+    seed_everything(platform, 1, groups.ranks)
+    stage = plan.at(groups.ranks.pp_rank)
+    chunk = build_chunk(model, plan, stage, parallel, training, platform, initialize=False)
+    from checkpoint.load import read_stage
+
+    problems = fill(chunk, read_stage(checkpoint, model, plan, stage, groups.ranks.tp_rank))
+    assert not problems, problems
+    models = wrap_chunks([chunk], settings, training)
+    optimizer = build_optimizer(settings, training, models)
+    connect_schedule(models, optimizer)
+    # Replicas share the micro-batches out in turn, as the sampler does.
+    mine = batches[groups.ranks.dp_rank :: case.dp]
+    job = _Job(models[0], optimizer, mine, groups, platform)
+    logits = job.logits()
+    losses, norms = [], []
+    for step in range(case.steps):
+        loss = job.forward_backward()
+        if step == 0 and case.dp == 1:
+            _write_gradients(out, plan, groups, models[0])
+        _, norm, _ = optimizer.step()
+        losses.append(loss)
+        norms.append(float(norm))
+    parallel_state.destroy_model_parallel()
+    is_last = int(os.environ["RANK"]) == case.world_size - 1
+    return Result(logits, losses[0], losses, norms) if is_last else None
+
+
+@dataclass
+class _Job:
+    model: Any
+    optimizer: Any
+    batches: list[Batch]
+    groups: Any
+    platform: Any
+
+    def _schedule(self, step: Any, *, forward_only: bool, **kwargs: Any) -> list[Any]:
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        return get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iter(self.batches),
+            model=self.model,
+            num_microbatches=len(self.batches),
+            seq_length=512,
+            micro_batch_size=2,
+            forward_only=forward_only,
+            **kwargs,
+        )
+
+    def logits(self) -> list[Tensor]:
+        """Logits of every micro-batch, on the last stage."""
+
+        def step(iterator: Iterator[Batch], chunk: Any) -> tuple[Tensor, Any]:
+            output = chunk(next(iterator), wants_logits=True)
+            return output, lambda logits, non_loss_data=True: logits.float().clone()
+
+        with torch.no_grad():
+            return self._schedule(step, forward_only=True, collect_non_loss_data=True)
+
+    def forward_backward(self) -> float:
+        """One iteration without its update; the loss as the log would report it (0 on other stages)."""
+        from mindspeed_mm.ops.loss import LossKind
+        from mindspeed_mm.training.step import forward_step, summarise
+
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        kind = LossKind.PER_MICRO_BATCH
+        measures = self._schedule(partial(forward_step, kind=kind), forward_only=False)
+        if not measures:
+            return 0.0
+        return summarise(measures, kind, self.groups.dp, self.platform.device).loss
+
+
+def _write_gradients(out: Path, plan: StagePlan, groups: Any, model: Any) -> None:
+    """Gradients as an MM checkpoint: the converter then maps them back to Hugging Face names."""
+    import torch.distributed as dist
+
+    from mindspeed_mm.storage import layout
+    from mindspeed_mm.storage.files import make_dir, write_file
+    from mindspeed_mm.storage.shard import write_shard
+
+    release = layout.iteration_dir(out, layout.RELEASE)
+    if groups.ranks.rank == 0:
+        make_dir(release)
+        write_file(release / layout.PLAN_FILE, plan.to_json().encode())
+        layout.write_tracker(out, layout.RELEASE)
+    dist.barrier()
+    gradients = {name: parameter.main_grad.float().clone() for name, parameter in model.module.named_parameters()}
+    folder = make_dir(layout.shard_dir(out, layout.RELEASE, groups.ranks.tp_rank, groups.ranks.pp_rank, plan.pp_size))
+    write_shard(folder / layout.SHARD_FILE, {"checkpoint_version": 3.0, "model": gradients})
+    dist.barrier()

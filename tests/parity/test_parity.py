@@ -1,0 +1,110 @@
+"""Logits, loss, every gradient by Hugging Face name and twenty AdamW steps equal those of transformers.
+
+Bounds are those of the house: logits 1e-4 of the largest, loss 1e-5, gradients 1e-4 in norm, losses of the steps 1e-4.
+In float32 all of them measure near 1e-6; the room is for other summation orders on other processors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from checkpoint.convert import mm_to_hf
+from tests.dist.harness import run_ranks
+from tests.parity.engine import Case
+from tests.parity.problem import make_samples, read_config
+from tests.parity.reference import Reference, solve
+from tools.make_tiny_checkpoint import TinySize, make_tiny_checkpoint
+
+SIZE = TinySize(64, 96, 4, 4, 2, (2, 3, 3), 32, 4, 2)
+
+CASES = [
+    Case(),
+    Case(distributed_optimizer=True),
+    Case(tp=2),
+    Case(pp=2, vision=(4, 0), text=(1, 3)),
+    Case(pp=2, vision=(3, 1), text=(0, 4)),
+    Case(tp=2, pp=2, vision=(4, 0), text=(2, 2), distributed_optimizer=True),
+    Case(tp=2, pp=2, vision=(1, 3), text=(0, 4)),
+    Case(pp=3, vision=(4, 0, 0), text=(1, 1, 2), distributed_optimizer=True),
+    Case(pp=3, vision=(2, 2, 0), text=(0, 2, 2)),
+    Case(pp=3, vision=(2, 2, 0), text=(0, 0, 4)),
+    Case(tp=2, pp=3, vision=(4, 0, 0), text=(1, 2, 1)),
+    Case(tp=2, pp=3, vision=(3, 1, 0), text=(0, 1, 3), distributed_optimizer=True),
+]
+KINDS = ("tied", "untied")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("parity")
+    return {
+        kind: make_tiny_checkpoint(root / kind, tied=kind == "tied", seed=3, vocab_size=320, size=SIZE)
+        for kind in KINDS
+    }
+
+
+@pytest.fixture(scope="session")
+def references(checkpoints: dict[str, Path]) -> dict[str, Reference]:
+    found = {}
+    for kind, path in checkpoints.items():
+        config = read_config(path)
+        found[kind] = solve(path, make_samples(config), config["image_token_id"])
+    return found
+
+
+@pytest.fixture(scope="session")
+def results(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """All cases, one job per world size: starting processes costs more than solving a case."""
+    out = tmp_path_factory.mktemp("gradients")
+    solved: dict[str, Any] = {}
+    for world_size in sorted({case.world_size for case in CASES}):
+        cases = [case for case in CASES if case.world_size == world_size]
+        ranks = run_ranks(world_size, "tests.parity.engine:solve_all", cases, list(checkpoints.values()), out)
+        solved |= ranks[-1]
+    return solved, out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_layout_gives_the_numbers_of_transformers(
+    case: Case,
+    kind: str,
+    results: tuple[dict[str, Any], Path],
+    references: dict[str, Reference],
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    solved, gradients = results
+    key, reference = f"{case.name}-{kind}", references[kind]
+    result = solved[key]
+    for ours, theirs in zip(result.logits, reference.logits, strict=True):
+        assert relative_max(ours, theirs) <= 1e-4
+    assert result.loss == pytest.approx(reference.loss, rel=1e-5)
+    mm_to_hf(gradients / key, checkpoints[kind], tmp_path / "hf")
+    ours = load_all(tmp_path / "hf")
+    assert ours.keys() == reference.grads.keys()
+    deviations = {name: relative_norm(ours[name], theirs) for name, theirs in reference.grads.items()}
+    worst = max(deviations, key=lambda name: deviations[name])
+    assert deviations[worst] <= 1e-4, f"{worst}: {deviations[worst]}"
+    assert result.losses == pytest.approx(reference.losses, rel=1e-4)
+    assert result.grad_norms == pytest.approx(reference.grad_norms, rel=1e-3)
+
+
+def load_all(directory: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def relative_max(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def relative_norm(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-12))
