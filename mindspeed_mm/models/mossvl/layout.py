@@ -1,7 +1,7 @@
 """Where every frame of a batch lies in the vision sequence: integers only, the same for every engine.
 
-The vision sequence of a sample holds its media in text order; every frame is its merged patches followed by one separator.
-An image is one frame, a video has one per grid step. Frames are paired with image tokens inside each sample.
+The vision sequence of a sample holds its media in text order; every frame is its merged patches followed by one
+separator. An image is one frame, a video has one per grid step. Frames are paired with image tokens inside each sample.
 """
 
 from __future__ import annotations

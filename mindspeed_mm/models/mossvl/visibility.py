@@ -1,7 +1,7 @@
 """Which vision tokens a text token sees: always a prefix of its sample's vision tokens.
 
-A text token sees the frames whose image token stands at or before it, whole and with their separators. One integer per text
-token says it all; the dense mask exists for the reference attention and for callers who pass their own.
+A text token sees the frames whose image token stands at or before it, whole and with their separators. One integer per
+text token says it all; the dense mask exists for the reference attention and for callers who pass their own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Attention of MOSS-VL on its backends.
 
-`sdpa` (default) never builds a mask of text times vision tokens; `eager` is the reference with dense masks; any other name is
-looked up in transformers' registry (flash_attention_2 and relatives) for attention over text and inside frames, while
-cross-attention stays with SDPA as upstream does.
+`sdpa` (default) never builds a mask of text times vision tokens; `eager` is the reference with dense masks; any other
+name is looked up in transformers' registry (flash_attention_2 and relatives) for attention over text and inside frames,
+while cross-attention stays with SDPA as upstream does.
 """
 
 from __future__ import annotations

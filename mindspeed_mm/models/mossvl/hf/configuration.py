@@ -94,7 +94,7 @@ class MossVLTextConfig(PretrainedConfig):
 
     model_type = "moss_vl_text"
     base_config_key = "text_config"
-    ignore_keys_at_rope_validation: ClassVar[set[str]] = {"mrope_section", "mrope_interleaved"}
+    ignore_keys_at_rope_validation = {"mrope_section", "mrope_interleaved"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class MossVLTextConfig(PretrainedConfig):
         self.cross_attention_layers = list(cross_attention_layers or DEFAULT_CROSS_LAYERS)
         self.rope_parameters = merge_rope(rope_theta, rope_scaling, rope_parameters)
         kwargs["tie_word_embeddings"] = False
-        super().__init__(pad_token_id=pad_token_id, **kwargs)
+        super().__init__(pad_token_id=pad_token_id, **kwargs)  # type: ignore[call-arg]
 
     @property
     def mrope_section(self) -> tuple[int, int, int]:
@@ -236,7 +236,7 @@ class MossVLConfig(PretrainedConfig):
         self.vision_start_token_id = vision_start_token_id
         self.vision_end_token_id = vision_end_token_id
         self.vision_seq_pad_multiple = vision_seq_pad_multiple
-        super().__init__(tie_word_embeddings=False, **kwargs)
+        super().__init__(tie_word_embeddings=False, **kwargs)  # type: ignore[call-arg]
 
     def check(self) -> None:
         """Raises ConfigError for a model that cannot be built."""

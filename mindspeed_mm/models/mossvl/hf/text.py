@@ -228,17 +228,19 @@ class MossVLTextModel(nn.Module):
         mask: TextMask,
         vision: VisionContext | None,
         cache: Any | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Hidden states after the final norm, and the inputs of every layer.
+        layer_inputs: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm, [b, s, h].
 
         Args:
             inputs_embeds: [b, s, h].
             positions: [b, s] or [3, b, s] int64.
+            layer_inputs: takes the input of every layer, for callers who asked for hidden states.
         """
         rope = self.rope(positions, inputs_embeds.dtype)
-        x, states = inputs_embeds, []
+        x = inputs_embeds
         for layer in self.layers:
-            states.append(x)
+            if layer_inputs is not None:
+                layer_inputs.append(x)
             x = layer(x, vision, rope, mask, past_key_values=cache)
-        states.append(x)
-        return self.norm(x), states
+        return self.norm(x)

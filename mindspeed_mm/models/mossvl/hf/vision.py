@@ -77,11 +77,11 @@ class MossVLVisionAttention(nn.Module):
         outputs, start = [], 0
         for num_frames, size in _equal_frames(grids):
             rows = slice(start, start + num_frames * size)
-            frames = [x[rows].unflatten(0, (num_frames, size)).transpose(1, 2) for x in (q, k, v)]
+            query, key, value = (x[rows].unflatten(0, (num_frames, size)).transpose(1, 2) for x in (q, k, v))
             if backend == "eager":
-                attended = dense_attention(*frames, None, scale)
+                attended = dense_attention(query, key, value, None, scale)
             else:
-                attended = grouped_sdpa(*frames, scale)
+                attended = grouped_sdpa(query, key, value, scale)
             outputs.append(attended.transpose(1, 2).flatten(0, 1))
             start = rows.stop
         return torch.cat(outputs)
