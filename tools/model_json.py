@@ -4,8 +4,8 @@
         [--vision-layers-list 32,0,0,0 --text-layers-list 1,10,10,7]
         [--train-vision] [--train-projector] [--freeze-text] -o model.json
 
-Without lists the stages are dealt when training starts ("auto", balanced by FLOPs). With `--pp N --layout fixed` the lists
-that "auto" would choose are written instead, so that they can be edited. Virtual chunks are separated by "/".
+Without lists the stages are dealt when training starts ("auto", balanced by FLOPs). With `--pp N --layout fixed` the
+lists that "auto" would choose are written instead, so that they can be edited. Virtual chunks are separated by "/".
 """
 
 from __future__ import annotations

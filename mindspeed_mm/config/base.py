@@ -42,6 +42,8 @@ class Settings(BaseModel):
         protected_namespaces=(),
     )
     ignored_keys: ClassVar[Mapping[str, str]] = {}
+    refused_keys: ClassVar[Mapping[str, str]] = {}
+    """Keys that are set elsewhere, each with the end of a sentence that says where."""
 
     @model_validator(mode="before")
     @classmethod
@@ -220,6 +222,8 @@ def _known_keys(
     for key, value in data.items():
         if key in cls.ignored_keys:
             ignored.append(f"{prefix}{key} ({cls.ignored_keys[key]})")
+        elif key in cls.refused_keys:
+            problems.append(f"{prefix}{key} {cls.refused_keys[key]}.")
         elif key not in cls.model_fields:
             problems.append(f"{prefix}{key} is not a setting{did_you_mean(key, cls.model_fields)}")
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -72,6 +72,7 @@ class BasicParameters(Settings):
         "preprocessing_num_workers": "data is read lazily, there is no preprocessing pass",
         "preprocess_on_fly": "always so",
     }
+    refused_keys: ClassVar[Mapping[str, str]] = {"cutoff_len": "is deprecated; use `--seq-length` instead"}
 
     template: str = "qwen2vl"
     """Conversation template."""
@@ -99,13 +100,6 @@ class BasicParameters(Settings):
     """Put several short samples into one row of at most seq_length tokens."""
     neat_packing: bool = False
     """Packed samples do not attend to each other; always so here."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_cutoff_len(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "cutoff_len" in data:
-            raise ValueError("cutoff_len is deprecated; use `--seq-length` instead.")
-        return data
 
     @model_validator(mode="after")
     def _check(self) -> BasicParameters:
@@ -210,6 +204,11 @@ class DataloaderParameters(Settings):
     ignored_keys: ClassVar[Mapping[str, str]] = {
         "priority_mode": "belongs to bucketing samplers",
     }
+    refused_keys: ClassVar[Mapping[str, str]] = {
+        "batch_size": "is not set in this file; use `--micro-batch-size`",
+        "num_workers": "is not set in this file; use `--num-workers`",
+        "seed": "is not set in this file; use `--seed`",
+    }
 
     dataloader_mode: Literal["sampler", "base"] = "sampler"
     """Accepted values of existing files; both give the same loader."""
@@ -229,17 +228,6 @@ class DataloaderParameters(Settings):
     """Batches loaded ahead per worker."""
     persistent_workers: bool | None = None
     """Keep workers between epochs; yes with workers when not given."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_command_line_settings(cls, data: Any) -> Any:
-        flags = {"batch_size": "--micro-batch-size", "num_workers": "--num-workers", "seed": "--seed"}
-        misplaced = [
-            f"{key} is not set in this file; use `{flag}`." for key, flag in flags.items() if key in dict(data)
-        ]
-        if misplaced:
-            raise ValueError("\n".join(misplaced))
-        return data
 
 
 class DataConfig(Settings):

@@ -1,4 +1,4 @@
-"""What `--dry-run` prints: the plan with parameters, a memory estimate, the batch arithmetic and what would be loaded."""
+"""What `--dry-run` prints: plan with parameters, memory estimate, batch arithmetic and what would be loaded."""
 
 from __future__ import annotations
 
