@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -39,9 +39,9 @@ class Sources:
             os.close(descriptor)
         self._files.clear()
 
-    def stamp(self, stamps: Mapping[Path, Stamp]) -> None:
-        """Take stamps from the time when the headers were read."""
-        self._stamps.update(stamps)
+    def stamp(self, paths: Iterable[Path]) -> None:
+        """Remember what files look like now, before their headers are read."""
+        self._stamps.update((path, file_stamp(path)) for path in paths)
 
     def read_into(self, path: Path, offset: int, view: memoryview) -> None:
         """Fill `view` with the bytes of a file from `offset` on.

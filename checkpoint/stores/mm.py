@@ -11,7 +11,7 @@ from pathlib import Path
 from checkpoint.rules.base import RuleSet, Split, StageWeight, Weight
 from checkpoint.stores.base import Placement, check_dtypes, place, raise_problems
 from mindspeed_mm.errors import CheckpointError, ConfigError
-from mindspeed_mm.plan import Stage, StagePlan
+from mindspeed_mm.plan import Part, Stage, StagePlan
 from mindspeed_mm.storage import layout
 from mindspeed_mm.storage.shard import ShardIndex, index_shard
 from mindspeed_mm.storage.tensors import StoredTensor
@@ -95,6 +95,7 @@ class MmStore:
         problems = []
         for stage in self.plan.stages:
             wanted = {entry.name for entry in self.rules.for_stage(self.plan, stage)}
+            copies = self._copies(stage)
             for tp_rank in range(self.plan.tp_size):
                 found = self.tensors(tp_rank, stage).keys()
                 place_name = f"{layout.rank_name(tp_rank, stage.pp_rank, self.plan.pp_size)}" + (
@@ -144,13 +145,27 @@ class MmStore:
 
     @cached_property
     def _homes(self) -> dict[str, list[tuple[Stage, str]]]:
-        """Canonical name -> the stages that hold the tensor, with its local name there."""
+        """Canonical name -> the stages that hold the tensor, with its local name there; copies of a tied head last.
+
+        Some checkpoints of other projects lack that copy where it should be, or have one where none should be: both are
+        read, as the embedding holds the same numbers.
+        """
         homes: dict[str, list[tuple[Stage, str]]] = {}
         for stage in self.plan.stages:
             for rule, layer, name in self.rules.for_stage(self.plan, stage):
-                homes.setdefault(rule.mm_name(layer), []).append((stage, name))
-        # The copy of a tied head comes after the embedding, which is the one that is read.
-        return {mm: sorted(places, key=lambda place: place[1] != mm) for mm, places in homes.items()}
+                if name != rule.copy_mm:
+                    homes.setdefault(rule.mm_name(layer), []).append((stage, name))
+        for stage in self.plan.stages:
+            for rule in self.rules.rules:
+                if rule.copy_mm in self._copies(stage) and rule.copy_mm in self.tensors(0, stage):
+                    homes[rule.mm].append((stage, rule.copy_mm))
+        return homes
+
+    def _copies(self, stage: Stage) -> frozenset[str]:
+        """Names that a stage may have for the copy of a tied head."""
+        if Part.LM_HEAD not in stage.parts:
+            return frozenset()
+        return frozenset(rule.copy_mm for rule in self.rules.rules if rule.copy_mm)
 
     def _check_ranks(self) -> None:
         present = {entry.name for entry in self.folder.iterdir() if layout.parse_rank_name(entry.name)}

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from mindspeed_mm.errors import CheckpointError
-from mindspeed_mm.storage.archive import Record, read_archive
+from mindspeed_mm.storage.archive import Record, plan_archive, read_archive
 from mindspeed_mm.storage.files import explain_write_error, open_new
-from mindspeed_mm.storage.pickle_tree import MAX_PICKLE_BYTES, Call, Global, Persistent, parse_pickle
+from mindspeed_mm.storage.pickle_tree import MAX_PICKLE_BYTES, Call, Global, Persistent, emit_pickle, parse_pickle
 from mindspeed_mm.storage.tensors import BY_STORAGE, Dtype, StoredTensor
 
 _REBUILD_TENSOR = Global("torch._utils", "_rebuild_tensor_v2")
@@ -247,3 +247,42 @@ def tensor_node(dtype: Dtype, shape: tuple[int, ...], key: str) -> Call:
     strides = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
     storage = Persistent(("storage", Global("torch", dtype.storage), key, "cpu", prod(shape)))
     return Call(_REBUILD_TENSOR, (storage, 0, shape, strides, False, Call(Global("collections", "OrderedDict"))))
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedShard:
+    """A `torch.save` file to be written: its size, every byte that is no tensor, and where the tensors go."""
+
+    path: Path
+    nbytes: int
+    literals: tuple[tuple[int, bytes], ...]
+    tensors: tuple[StoredTensor, ...]
+    """In the order in which they were asked for."""
+
+
+class ShardPlanner:
+    """Lays out a `torch.save` file whose tensors somebody else will fill in.
+
+    Args:
+        path: where the file will be.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._tensors: list[tuple[Dtype, tuple[int, ...]]] = []
+
+    def tensor(self, dtype: Dtype, shape: tuple[int, ...]) -> tuple[Call, int]:
+        """The tree node of one more tensor, and its number in `PlannedShard.tensors`."""
+        number = len(self._tensors)
+        self._tensors.append((dtype, shape))
+        return tensor_node(dtype, shape, str(number)), number
+
+    def finish(self, tree: Any) -> PlannedShard:
+        """The layout of a file that holds `tree`."""
+        sizes = {str(number): prod(shape) * dtype.itemsize for number, (dtype, shape) in enumerate(self._tensors)}
+        archive = plan_archive(emit_pickle(tree), sizes, stem=self.path.stem)
+        tensors = tuple(
+            StoredTensor(self.path, dtype, shape, archive.offsets[str(number)])
+            for number, (dtype, shape) in enumerate(self._tensors)
+        )
+        return PlannedShard(self.path, archive.nbytes, archive.literals, tensors)

@@ -1,0 +1,204 @@
+"""The conversions: Hugging Face to MM, MM to Hugging Face, and MM cut another way. One loop, three pairs of stores."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from checkpoint.job import Clock, Options, Summary, check_apart, check_space, run_files, stamped
+from checkpoint.plans import Cut, check_plan_of_model, plan_of_checkpoint
+from checkpoint.ranges import Sources
+from checkpoint.reference import copy_other_files, read_reference, write_index
+from checkpoint.replicas import check_replicas
+from checkpoint.rules.base import RuleSet
+from checkpoint.rules.qwen2vl import qwen2vl_rules
+from checkpoint.stores.base import WeightStore
+from checkpoint.stores.hf import HfStore, read_model_config
+from checkpoint.stores.mm import MmStore, choose_iteration
+from checkpoint.stores.targets import FileLayout, Kind, plan_hf_target, plan_mm_target, split_names
+from checkpoint.transfer import TargetFile, compile_files
+from mindspeed_mm.config import Qwen2VLConfig
+from mindspeed_mm.errors import CheckpointError, ConfigError
+from mindspeed_mm.plan import StagePlan
+from mindspeed_mm.storage import layout
+from mindspeed_mm.storage.files import make_dir, write_file
+from mindspeed_mm.storage.manifest import check_manifest
+from mindspeed_mm.storage.publish import check_target, staging_directory
+
+logger = logging.getLogger(__name__)
+
+HF_NOTHING = Cut(None, None)
+"""Nothing is said about the layout of a checkpoint."""
+
+
+def hf_to_mm(
+    hf_dir: Path, mm_dir: Path, plan: StagePlan, *, vision_only: bool = False, options: Options | None = None
+) -> Summary:
+    """Write a Hugging Face checkpoint as MM shards, as iteration `release`.
+
+    Args:
+        mm_dir: a new or empty directory; it appears complete or not at all.
+        vision_only: write only tensors whose Hugging Face names begin with `visual`.
+    Raises:
+        CheckpointError: the source does not hold exactly this model, or is damaged.
+        ConfigError: the plan does not fit the model, or the target must not be written.
+        SetupError, DiskFullError, NumericError: see `execute`.
+    """
+    clock, options = Clock(), options or Options()
+    hf_dir, mm_dir = Path(hf_dir), Path(mm_dir)
+    check_apart(hf_dir, mm_dir)
+    check_target(mm_dir, overwrite=options.overwrite)
+    with stamped(hf_dir) as sources:
+        model = read_model_config(hf_dir)
+        rules = qwen2vl_rules(model)
+        _check_fit(plan, model, rules, where="parallel_config")
+        check_source(hf_dir, hf_dir, options)
+        source = HfStore.open(hf_dir, rules.aliases)
+        source.check(rules)
+        check_replicas(source, rules.weights, sources)
+        if vision_only:
+            rules = rules.only(rule for rule in rules.rules if rule.hf[0].startswith("visual"))
+        kinds = kinds_of(source, rules)
+        return write_mm(mm_dir, layout.RELEASE, plan, rules, kinds, source, sources, options, facts_of(model), clock)
+
+
+def mm_to_hf(
+    mm_dir: Path,
+    reference_hf_dir: Path,
+    out_dir: Path,
+    cut: Cut = HF_NOTHING,
+    *,
+    iteration: layout.Iteration | None = None,
+    max_shard_bytes: int | None = None,
+    is_vit_qkv_in_hf_order: bool = False,
+    options: Options | None = None,
+) -> Summary:
+    """Write MM shards as a Hugging Face checkpoint with the other files of a reference directory.
+
+    Args:
+        out_dir: a new or empty directory; it appears complete or not at all.
+        cut: the layout of the shards; not needed where a stage plan lies beside them.
+        iteration: None for the one that the tracker names.
+        max_shard_bytes: size of the weight files; None to deal out tensors as the reference does.
+        is_vit_qkv_in_hf_order: the shards come from the converter of MindSpeed-MM 2.2 or 2.3.
+    Raises:
+        CheckpointError, ConfigError, SetupError, DiskFullError, NumericError: as `hf_to_mm`.
+    """
+    clock, options = Clock(), options or Options()
+    mm_dir, reference, out_dir = Path(mm_dir), Path(reference_hf_dir), Path(out_dir)
+    for source_dir in (mm_dir, reference):
+        check_apart(source_dir, out_dir)
+    check_target(out_dir, overwrite=options.overwrite)
+    with stamped(mm_dir) as sources:
+        model = read_model_config(reference)
+        rules = qwen2vl_rules(model, is_vit_qkv_in_hf_order=is_vit_qkv_in_hf_order)
+        source = open_mm(mm_dir, cut, rules, model, iteration, options)
+        check_replicas(source, rules.weights, sources)
+        kinds = kinds_of(source, rules)
+        listed = read_reference(reference, rules)
+        shards = split_names(rules, kinds, max_shard_bytes) if max_shard_bytes else listed.shards
+        with staging_directory(out_dir, overwrite=options.overwrite) as staging:
+            target = plan_hf_target(staging, rules, kinds, shards, listed.metadata)
+            files = compile_conversion(rules, source, target, target.layouts)
+            check_space(out_dir, sum(file.nbytes for file in files))
+            notes = copy_other_files(reference, staging)
+            keep = listed.has_hub_names and not max_shard_bytes
+            write_index(reference, staging, target.index, keep=keep)
+            run_files(files, sources, options, {}, staging)
+        notes = [line.replace(str(staging), str(out_dir)) for line in notes]
+        return _summary(rules, files, clock, notes)
+
+
+def write_mm(
+    mm_dir: Path,
+    iteration: layout.Iteration,
+    plan: StagePlan,
+    rules: RuleSet,
+    kinds: Mapping[str, Kind],
+    source: WeightStore,
+    sources: Sources,
+    options: Options,
+    facts: Mapping[str, Any],
+    clock: Clock,
+) -> Summary:
+    """Write MM shards of `source` under `plan`, with plan file, manifest and tracker."""
+    with staging_directory(mm_dir, overwrite=options.overwrite) as staging:
+        target = plan_mm_target(staging, iteration, plan, rules, kinds)
+        files = compile_conversion(rules, source, target, target.layouts)
+        check_space(mm_dir, sum(file.nbytes for file in files))
+        folder = make_dir(layout.iteration_dir(staging, iteration))
+        write_file(folder / layout.PLAN_FILE, plan.to_json().encode())
+        run_files(files, sources, options, facts, folder)
+        layout.write_tracker(staging, iteration)
+    return _summary(rules, files, clock)
+
+
+def open_mm(
+    mm_dir: Path, cut: Cut, rules: RuleSet, model: Qwen2VLConfig, iteration: layout.Iteration | None, options: Options
+) -> MmStore:
+    """The shards of a checkpoint of a known model, checked to hold exactly that."""
+    chosen = choose_iteration(mm_dir, iteration)
+    text = model.text_decoder
+    plan = plan_of_checkpoint(mm_dir, chosen, cut, is_tied=text.is_tied)
+    _check_fit(plan, model, rules, where=str(layout.iteration_dir(mm_dir, chosen)))
+    check_source(mm_dir, layout.iteration_dir(mm_dir, chosen), options)
+    store = MmStore.open(mm_dir, plan, rules, chosen)
+    store.check()
+    return store
+
+
+def check_source(root: Path, folder: Path, options: Options) -> None:
+    """Compare a source with its manifest where that was asked for."""
+    if options.check_hashes:
+        check_manifest(folder)
+        logger.info("%s holds what its manifest says", root)
+
+
+def kinds_of(store: WeightStore, rules: RuleSet) -> dict[str, Kind]:
+    """Canonical name -> dtype and whole shape."""
+    found = {}
+    for weight in rules.weights:
+        first, *others = store.placements(weight)
+        for other in others:
+            if other.dtype != first.dtype:
+                raise CheckpointError(f"{weight.mm}: its copies have dtypes {first.dtype.name} and {other.dtype.name}.")
+        found[weight.mm] = (first.dtype, first.shape)
+    return found
+
+
+def compile_conversion(
+    rules: RuleSet, source: WeightStore, target: WeightStore, layouts: Mapping[Path, FileLayout]
+) -> list[TargetFile]:
+    """The files to write so that `target` holds what `source` holds: every tensor, every copy, every byte once."""
+    transfers = (
+        (weight.mm, source.placements(weight)[0], placement)
+        for weight in rules.weights
+        for placement in target.placements(weight)
+    )
+    return compile_files(layouts, transfers)
+
+
+def facts_of(model: Qwen2VLConfig) -> dict[str, Any]:
+    """What later re-splits need to know of a model and cannot see in its shards."""
+    encoder = model.image_encoder
+    return {
+        "num_query_groups": model.text_decoder.num_query_groups,
+        "vision_num_attention_heads": None if encoder is None else encoder.vision_encoder.num_attention_heads,
+    }
+
+
+def _check_fit(plan: StagePlan, model: Qwen2VLConfig, rules: RuleSet, *, where: str) -> None:
+    text = model.text_decoder
+    check_plan_of_model(
+        plan, vision_layers=model.vision_layers, text_layers=text.num_layers, is_tied=text.is_tied, where=where
+    )
+    problems = rules.tp_problems(plan.tp_size)
+    if problems:
+        raise ConfigError(where, problems)
+
+
+def _summary(rules: RuleSet, files: Iterable[TargetFile], clock: Clock, notes: Iterable[str] = ()) -> Summary:
+    written = list(files)
+    return Summary(len(rules.weights), sum(file.nbytes for file in written), len(written), clock(), tuple(notes))
