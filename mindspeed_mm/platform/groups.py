@@ -161,9 +161,18 @@ def init_model_parallel(parallel: ParallelConfig, plan: StagePlan, *, timeout_mi
         dp=state.get_data_parallel_group(),
         dp_cp=state.get_data_parallel_group(with_context_parallel=True),
         pp=state.get_pipeline_model_parallel_group(),
-        embedding=state.get_embedding_group() if state.is_rank_in_embedding_group(ignore_virtual=True) else None,
+        # Not asked of megatron: it keeps the ranks of an earlier initialisation.
+        embedding=state.get_embedding_group() if ranks.pp_rank in embedding_stages(plan) else None,
         replica=_replica_group(ranks, timeout_minutes),
     )
+
+
+def embedding_stages(plan: StagePlan) -> list[int]:
+    """Pipeline ranks that hold the word embedding or its tied copy, ascending; the head's alone when it is not tied."""
+    from mindspeed_mm.plan.stage import Part
+
+    parts = (Part.TOKEN_EMBED, Part.LM_HEAD) if plan.is_tied else (Part.LM_HEAD,)
+    return sorted({plan.stage_of(part).pp_rank for part in parts})
 
 
 def embedding_ranks(plan: StagePlan) -> Callable[..., list[int]]:
@@ -171,10 +180,7 @@ def embedding_ranks(plan: StagePlan) -> Callable[..., list[int]]:
 
     Untied weights are never reduced together; the group is then the head's stage alone.
     """
-    from mindspeed_mm.plan.stage import Part
-
-    parts = (Part.TOKEN_EMBED, Part.LM_HEAD) if plan.is_tied else (Part.LM_HEAD,)
-    stages = sorted({plan.stage_of(part).pp_rank for part in parts})
+    stages = embedding_stages(plan)
 
     def ranks_of(pp_ranks: Sequence[int], split_rank: int | None = None) -> list[int]:
         return [pp_ranks[stage] for stage in stages]
