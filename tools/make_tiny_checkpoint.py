@@ -1,8 +1,9 @@
 """Write a small Qwen2-VL checkpoint in the form of the model hub: config, weights, tokenizer and processor files.
 
-The directory loads with transformers' `AutoProcessor` and `Qwen2VLForConditionalGeneration` (4.57 and 5.x) and is what the tests
-and the quick start train. Nothing is downloaded: the tokenizer is a byte-level BPE trained on `tiny_corpus.txt`, with Qwen2's
-special tokens in Qwen2's order after the last BPE token, and the weights are drawn from a seed.
+The directory loads with transformers 4.57 and 5.x (`Qwen2VLForConditionalGeneration`, `AutoTokenizer`, `AutoImageProcessor`;
+`AutoProcessor` too where torchvision is installed) and is what the tests and the quick start train. Nothing is downloaded:
+the tokenizer is a byte-level BPE trained on `tiny_corpus.txt`, with Qwen2's special tokens in Qwen2's order after the last
+BPE token, and the weights are drawn from a seed.
 
     python tools/make_tiny_checkpoint.py OUT_DIR [--tied] [--seed 0] [--size tiny] [--vocab-size 1024]
 """
@@ -160,7 +161,7 @@ def make_tiny_checkpoint(
 
 
 def build_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerBase:
-    """The tokenizer of the tiny checkpoints as a transformers object: at most `vocab_size` entries, chat template set."""
+    """The tokenizer of the tiny checkpoints as a transformers object, with at most `vocab_size` entries."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
@@ -179,7 +180,9 @@ def _train_bpe(vocab_size: int) -> tuple[Tokenizer, int]:
 
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
-        raise SystemExit(f"vocab_size = {vocab_size} is below {smallest}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens")
+        raise SystemExit(
+            f"vocab_size = {vocab_size} is below {smallest}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -298,8 +301,8 @@ def _preprocessor_config() -> dict[str, Any]:
 def _weights(size: TinySize, *, tied: bool, vocab_size: int) -> Iterator[tuple[str, tuple[int, ...], float | None]]:
     """Name, shape and standard deviation of every weight; None stands for a norm's ones, 0.0 for zeros.
 
-    Matrices get 1/sqrt(inputs), those that write to the residual stream less by sqrt(2 * layers): a model this narrow learns
-    within a few hundred steps from it, which the 0.02 of wide models does not give.
+    Matrices get 1/sqrt(inputs), those that write to the residual stream less by sqrt(2 * layers): a model this narrow
+    learns within a few hundred steps from it, and hardly at all from the 0.02 of wide models.
     """
     vision, text = size.vision_hidden_size, size.hidden_size
     yield "visual.patch_embed.proj.weight", (vision, 3, 2, 14, 14), _std(3 * 2 * 14 * 14)
@@ -333,7 +336,9 @@ def _weights(size: TinySize, *, tied: bool, vocab_size: int) -> Iterator[tuple[s
         yield "lm_head.weight", (vocab_size, text), _std(text)
 
 
-def _affine(name: str, shape: tuple[int, ...], std: float | None) -> Iterator[tuple[str, tuple[int, ...], float | None]]:
+def _affine(
+    name: str, shape: tuple[int, ...], std: float | None
+) -> Iterator[tuple[str, tuple[int, ...], float | None]]:
     yield name + ".weight", shape, std
     yield name + ".bias", shape[:1], 0.0
 
@@ -356,7 +361,9 @@ def main() -> None:
     """The command line: write one checkpoint and print where it lies."""
     parser = argparse.ArgumentParser(description="Write a small Qwen2-VL checkpoint with weights drawn from a seed.")
     parser.add_argument("path", help="the directory to write")
-    parser.add_argument("--tied", action="store_true", help="use the token embedding as the output head, as the 2B does")
+    parser.add_argument(
+        "--tied", action="store_true", help="use the token embedding as the output head, as the 2B does"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=1024, help="rows of the embedding (default: %(default)s)")
     parser.add_argument("--size", choices=SIZES, default="tiny", help="(default: %(default)s)")
