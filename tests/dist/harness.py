@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import os
+import pickle
 import socket
 import sys
 import traceback
@@ -12,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,7 +28,7 @@ def run_ranks(world_size: int, target: str, *args: Any, timeout_s: float = 600) 
     Returns:
         what each rank returned, by rank.
     """
-    context = mp.get_context("spawn")
+    context = multiprocessing.get_context("spawn")
     queue: Any = context.SimpleQueue()
     port = free_port()
     # Children inherit the environment at start: one BLAS thread each, or they fight for the cores.
@@ -44,7 +45,7 @@ def run_ranks(world_size: int, target: str, *args: Any, timeout_s: float = 600) 
         while len(results) < world_size and failure is None:
             rank, value, error = _get(queue, processes, timeout_s)
             if error is None:
-                results[rank] = value
+                results[rank] = pickle.loads(value)
             else:
                 failure = f"rank {rank} of {world_size} failed:\n{error}"
     finally:
@@ -88,7 +89,9 @@ def _run(rank: int, world_size: int, port: int, target: str, args: tuple[Any, ..
     torch.set_num_threads(1)
     try:
         module, name = target.split(":")
-        queue.put((rank, getattr(importlib.import_module(module), name)(*args), None))
+        value = getattr(importlib.import_module(module), name)(*args)
+        # As bytes: torch would hand tensors over as shared memory of a process that is about to end.
+        queue.put((rank, pickle.dumps(value), None))
     except BaseException:
         queue.put((rank, None, traceback.format_exc()))
         os._exit(1)

@@ -42,7 +42,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def tower_config(parallel: ParallelConfig, training: TrainingConfig, **fields: Any) -> TransformerConfig:
+def keep_memory(_: Tensor) -> None:
+    """An initialiser that leaves the weight as allocated, for weights that a checkpoint fills.
+
+    Megatron's own switch `perform_initialization` also skips the marks that say how a weight is split, without which the
+    gradient norm misses the shards of all tensor-parallel ranks but the first.
+    """
+
+
+def tower_config(
+    parallel: ParallelConfig, training: TrainingConfig, *, initialize: bool, **fields: Any
+) -> TransformerConfig:
     """Megatron's settings of one tower.
 
     The pipeline size is left at 1: the stage plan, not megatron, decides which layers a tower builds here.
@@ -50,8 +60,11 @@ def tower_config(parallel: ParallelConfig, training: TrainingConfig, **fields: A
     Args:
         parallel: TP and CP sizes, sequence parallelism.
         training: gives the dtype.
+        initialize: fill weights at random; otherwise they are left for a checkpoint.
         fields: further fields of TransformerConfig (layers, sizes, activation, recompute).
     """
+    if not initialize:
+        fields |= {"init_method": keep_memory, "output_layer_init_method": keep_memory}
     return TransformerConfig(
         tensor_model_parallel_size=parallel.tp_size,
         sequence_parallel=parallel.sequence_parallel and parallel.tp_size > 1,

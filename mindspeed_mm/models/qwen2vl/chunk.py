@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -50,6 +51,7 @@ class Qwen2VLChunk(MegatronModule):
                 model.text_decoder,
                 parallel,
                 training,
+                initialize=initialize,
                 recompute_granularity=None,
                 recompute_method=None,
                 recompute_num_layers=None,
@@ -60,6 +62,7 @@ class Qwen2VLChunk(MegatronModule):
                 calculate_per_token_loss=training.calculate_per_token_loss,
             )
         )
+        self.model_type = ModelType.encoder_or_decoder
         self.stage = stage
         self.device = platform.device
         self.pre_process = Part.TOKEN_EMBED in stage.parts

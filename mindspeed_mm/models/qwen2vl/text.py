@@ -31,12 +31,13 @@ LOGITS_BYTES = 2 << 30
 
 
 def text_config(
-    text: TextDecoderConfig, parallel: ParallelConfig, training: TrainingConfig, **fields: Any
+    text: TextDecoderConfig, parallel: ParallelConfig, training: TrainingConfig, *, initialize: bool, **fields: Any
 ) -> TransformerConfig:
     """Megatron's settings of the text decoder; `fields` add to or override them."""
     return tower_config(
         parallel,
         training,
+        initialize=initialize,
         **{
             "num_layers": text.num_layers,
             "hidden_size": text.hidden_size,
@@ -95,7 +96,7 @@ class TextDecoder(nn.Module):
         initialize: bool,
     ) -> None:
         super().__init__()
-        config = text_config(text, parallel, training, perform_initialization=initialize)
+        config = text_config(text, parallel, training, initialize=initialize)
         self.tp_size = parallel.tp_size
         self.rope_theta = text.rope_theta
         self.mrope_section = tuple(text.mrope_section)

@@ -80,7 +80,7 @@ class VisionTower(nn.Module):
             recompute_granularity=vision.recompute_granularity,
             recompute_method=vision.recompute_method,
             recompute_num_layers=vision.recompute_num_layers,
-            perform_initialization=initialize,
+            initialize=initialize,
         )
         self.patch_embed = PatchEmbed(vision, config.params_dtype) if Part.PATCH_EMBED in stage.parts else None
         self.blocks = build_block(
@@ -132,7 +132,7 @@ class Projector(nn.Module):
             activation_func=ACTIVATIONS[projector.activation_func],
             layernorm_epsilon=projector.layernorm_epsilon,
             add_bias_linear=projector.add_bias_linear,
-            perform_initialization=initialize,
+            initialize=initialize,
         )
         self.layernorm = NORMS[projector.normalization](config, projector.input_size, projector.layernorm_epsilon)
         self.merged_size = projector.input_size * merge_size**2
