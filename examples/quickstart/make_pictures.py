@@ -1,8 +1,8 @@
 """Draw small pictures with questions and answers: the data of the quick start.
 
-Every picture shows one to four equal shapes on a grid of cells. A record asks for their shape, colour and number, and for
-the position when there is one shape. Records have the LLaVA-like form that `data.json` describes: `messages` with role and
-content, and `images`. The pictures of the held-out part never occur in the training part, pixel for pixel.
+Every picture shows one to four equal shapes on a grid of cells. A record asks for their shape, colour and number, and
+for the position when there is one shape. Records have the LLaVA-like form that `data.json` describes: `messages` with
+role and content, and `images`. The pictures of the held-out part never occur in the training part, pixel for pixel.
 
     python examples/quickstart/make_pictures.py OUT_DIR [--train 8000] [--held-out 200] [--seed 0]
 """
