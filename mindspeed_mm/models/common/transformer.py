@@ -45,8 +45,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def keep_memory(_: Tensor) -> None:
     """An initialiser that leaves the weight as allocated, for weights that a checkpoint fills.
 
-    Megatron's own switch `perform_initialization` also skips the marks that say how a weight is split, without which the
-    gradient norm misses the shards of all tensor-parallel ranks but the first.
+    Megatron's own switch `perform_initialization` also skips the marks that say how a weight is split, without which
+    the gradient norm misses the shards of all tensor-parallel ranks but the first.
     """
 
 
