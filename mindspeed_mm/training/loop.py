@@ -6,7 +6,7 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,15 +36,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LoaderFactory = Callable[[], "BatchRelay"]
-
 
 @dataclass(slots=True)
 class Trainer:
     """One rank of a run, ready to train.
 
-    `relay` hands out this rank's training batches; `validation` makes a fresh relay over the validation set, or is
-    None.
+    `relay` hands out this rank's training batches, `validation` those of the validation set (None without one);
+    one pass over that set is `validation_iters` global batches.
     """
 
     run: RunConfig
@@ -55,7 +53,8 @@ class Trainer:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     relay: BatchRelay
-    validation: LoaderFactory | None
+    validation: BatchRelay | None
+    validation_iters: int
     reporter: Reporter | None
     state: TrainState
 
@@ -175,25 +174,25 @@ class Trainer:
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
     def evaluate(self, prefix: str) -> None:
-        """Mean loss over the start of the validation set, the same samples every time."""
+        """Mean loss over the validation set, or over its first `eval_iters` global batches; the same every time."""
         assert self.validation is not None
-        relay = self.validation()
-        iterators = relay.iterators()
-        results: list[StepResult] = []
+        self.validation.restart()
+        iterators = self.validation.iterators()
+        total: StepResult | None = None
         with torch.no_grad():
             for model in self.models:
                 model.eval()
-            for _ in range(self.run.training.eval_iters):
+            for _ in range(min(self.run.training.eval_iters, self.validation_iters)):
                 result = self._forward_backward(iterators, forward_only=True)
-                relay.flush()
+                self.validation.flush()
                 if result is not None:
-                    results.append(result)
+                    total = result if total is None else total + result
             for model in self.models:
                 model.train()
-        if self.reporter is not None and results:
-            values = {"loss": sum(result.loss for result in results) / len(results)}
+        if self.reporter is not None and total is not None:
+            values = {"loss": total.evaluation_loss}
             if self.run.logging.log_tps:
-                values["tokens per sample"] = sum(r.tokens_per_sample for r in results) / len(results)
+                values["tokens per sample"] = total.tokens_per_sample
             self.reporter.validation(prefix, values)
 
 

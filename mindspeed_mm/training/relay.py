@@ -18,6 +18,7 @@ import torch.distributed as dist
 from mindspeed_mm.ops.batch import Batch
 
 if TYPE_CHECKING:
+    from mindspeed_mm.data.loader import BatchLoader
     from mindspeed_mm.platform.groups import Ranks
 
 
@@ -37,7 +38,7 @@ class BatchRelay:
         self,
         ranks: Ranks,
         group: dist.ProcessGroup,
-        source: Iterator[Batch] | None,
+        source: BatchLoader | None,
         *,
         pixel_ranks: frozenset[int],
         patch_dim: int,
@@ -55,6 +56,14 @@ class BatchRelay:
     def iterators(self) -> list[Iterator[Batch]]:
         """One endless iterator per model chunk."""
         return [self._iterate(chunk) for chunk in range(len(self._queues))]
+
+    def restart(self) -> None:
+        """Begin again at the first sample of the loader."""
+        self.flush()
+        for queue in self._queues:
+            queue.clear()
+        if self.source is not None:
+            self.source.restart()
 
     def flush(self) -> None:
         """Wait until everything sent so far has arrived; call it between iterations."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+import torch.distributed as dist
+
 from checkpoint.load import recognise
-from mindspeed_mm.data.loader import build_train_loader, build_valid_loader
+from mindspeed_mm.data.loader import BatchLoader, build_train_loader, build_valid_loader
 from mindspeed_mm.errors import CheckpointError, ConfigError
 from mindspeed_mm.plan import Part, StagePlan
 from mindspeed_mm.storage import layout
@@ -22,7 +24,6 @@ from mindspeed_mm.training.relay import BatchRelay
 
 if TYPE_CHECKING:
     from mindspeed_mm.config import RunConfig
-    from mindspeed_mm.ops.batch import Batch
     from mindspeed_mm.platform.base import Platform
     from mindspeed_mm.platform.groups import Groups
 
@@ -102,6 +103,8 @@ def build_trainer(run: RunConfig, plan: StagePlan, groups: Groups, platform: Pla
     save = Path(run.checkpoint.save) if run.checkpoint.save else None
     if ranks.rank == 0 and save is not None:
         remove_staging(save)
+    relay = _train_relay(run, plan, groups, state)
+    validation, validation_iters = _validation(run, plan, groups)
     is_last_rank = ranks.rank == ranks.world_size - 1
     return Trainer(
         run=run,
@@ -111,14 +114,15 @@ def build_trainer(run: RunConfig, plan: StagePlan, groups: Groups, platform: Pla
         models=models,
         optimizer=optimizer,
         scheduler=scheduler,
-        relay=_train_relay(run, plan, groups, state),
-        validation=_validation(run, plan, groups),
+        relay=relay,
+        validation=validation,
+        validation_iters=validation_iters,
         reporter=Reporter(run.logging, save, start_iteration=state.iteration) if is_last_rank else None,
         state=state,
     )
 
 
-def make_relay(run: RunConfig, plan: StagePlan, groups: Groups, source: Iterator[Batch] | None) -> BatchRelay:
+def make_relay(run: RunConfig, plan: StagePlan, groups: Groups, source: BatchLoader | None) -> BatchRelay:
     """The relay of this rank; `source` is the loader on the first rank of the replica, None elsewhere."""
     ranks, image = groups.ranks, run.model.image_encoder
     pixel_ranks: frozenset[int] = frozenset()
@@ -159,17 +163,13 @@ def _train_relay(run: RunConfig, plan: StagePlan, groups: Groups, state: TrainSt
     return make_relay(run, plan, groups, source)
 
 
-def _validation(run: RunConfig, plan: StagePlan, groups: Groups) -> Callable[[], BatchRelay] | None:
-    data = run.data
-    if data is None or data.dataset_param.basic_parameters.val_dataset is None or run.training.eval_iters == 0:
-        return None
-
-    def fresh() -> BatchRelay:
-        source = None
-        if _loads_data(groups):
-            source = build_valid_loader(
-                data, run.model, run.training, dp_rank=groups.ranks.dp_rank, dp_size=groups.ranks.dp_size
-            )
-        return make_relay(run, plan, groups, source)
-
-    return fresh
+def _validation(run: RunConfig, plan: StagePlan, groups: Groups) -> tuple[BatchRelay | None, int]:
+    """The relay over the validation set and its number of global batches; (None, 0) without a set."""
+    assert run.data is not None
+    ranks, source = groups.ranks, None
+    if _loads_data(groups) and run.training.eval_iters > 0:
+        source = build_valid_loader(run.data, run.model, run.training, dp_rank=ranks.dp_rank, dp_size=ranks.dp_size)
+    size = torch.tensor([0 if source is None or source.num_iterations is None else source.num_iterations])
+    # Only the loading rank knows the set; all ranks of the replica run the same number of iterations.
+    dist.broadcast(size, src=ranks.replica_ranks(ranks.dp_rank)[0], group=groups.replica)
+    return (make_relay(run, plan, groups, source), int(size)) if int(size) else (None, 0)

@@ -57,31 +57,61 @@ def _reduce(losses: Tensor, *, batch: Batch, kind: LossKind) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What an iteration measured; equal on all ranks of the last stage."""
+    """Sums over the micro-batches of all replicas; equal on all ranks of the last stage."""
 
-    loss: float
-    tokens_per_sample: float
-    supervised_tokens: int
+    kind: LossKind
+    loss_sum: float = 0.0
+    supervised_tokens: int = 0
+    tokens: int = 0
+    samples: int = 0
+    micro_batches: int = 0
+    learning_micro_batches: int = 0
+    """Micro-batches with at least one supervised token."""
+
+    def __add__(self, other: StepResult) -> StepResult:
+        return StepResult(
+            self.kind,
+            self.loss_sum + other.loss_sum,
+            self.supervised_tokens + other.supervised_tokens,
+            self.tokens + other.tokens,
+            self.samples + other.samples,
+            self.micro_batches + other.micro_batches,
+            self.learning_micro_batches + other.learning_micro_batches,
+        )
+
+    @property
+    def loss(self) -> float:
+        """The number that was differentiated: a mean over micro-batches, or over tokens for the per-token loss."""
+        return self.loss_sum / max(self._token_count(self.micro_batches), 1)
+
+    @property
+    def evaluation_loss(self) -> float:
+        """The same mean without the micro-batches that have nothing to predict."""
+        return self.loss_sum / max(self._token_count(self.learning_micro_batches), 1)
+
+    @property
+    def tokens_per_sample(self) -> float:
+        """Real tokens, vision tokens included."""
+        return self.tokens / max(self.samples, 1)
+
+    def _token_count(self, otherwise: int) -> int:
+        return self.supervised_tokens if self.kind is LossKind.PER_TOKEN else otherwise
 
 
 def summarise(measures: list[Measures], kind: LossKind, group: dist.ProcessGroup, device: torch.device) -> StepResult:
-    """Means over micro-batches and data-parallel replicas.
+    """Add up what the micro-batches of all replicas measured.
 
     Args:
         measures: one entry per micro-batch of this rank.
-        kind: the per-token loss is summed and divided by the tokens of the global batch, the others are averaged.
+        kind: the reduction that made the losses.
         group: the data-parallel group.
         device: where collectives of that group run.
     """
-    rows = [[m["loss"].item(), m["supervised"].item(), m["tokens"].item(), m["samples"].item(), 1.0] for m in measures]
+    names = ("loss", "supervised", "tokens", "samples")
+    rows = [[*(m[name].item() for name in names), 1.0, float(m["supervised"].item() > 0)] for m in measures]
     total = torch.tensor(rows, dtype=torch.float64).sum(dim=0)
     # float32 on the wire: some accelerators' collectives have no float64.
     total = total.to(device=device, dtype=torch.float32)
     dist.all_reduce(total, group=group)
-    loss, supervised, tokens, samples, count = total.tolist()
-    denominator = supervised if kind is LossKind.PER_TOKEN else count
-    return StepResult(
-        loss=loss / max(denominator, 1.0),
-        tokens_per_sample=tokens / max(samples, 1.0),
-        supervised_tokens=int(supervised),
-    )
+    loss, *counts = total.tolist()
+    return StepResult(kind, loss, *(int(count) for count in counts))
