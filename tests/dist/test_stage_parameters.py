@@ -23,15 +23,18 @@ PIPELINES = [1, 2, 3]
 
 def count_parameters(tp_size: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """(estimated, built) pairs of (all, trained) for every stage of every model and pipeline size."""
-    from mindspeed_mm.models.qwen2vl.chunk import build_chunk
-    from mindspeed_mm.platform.groups import destroy, init_model_parallel, init_process_group
+    from mindspeed_mm.platform.groups import destroy, init_model_parallel, init_process_group, seed_everything
     from mindspeed_mm.platform.select import activate, choose_platform
 
     platform = choose_platform("cpu")
     activate(platform)
+    # imports megatron, which must see the activated platform
+    from mindspeed_mm.models.qwen2vl.chunk import build_chunk
+
     init_process_group(platform, RuntimeConfig(distributed_timeout_minutes=2))
-    groups = ParallelConfig(tp_size=tp_size, world_size=tp_size)
-    init_model_parallel(groups, StagePlan.build(small_model(), groups), timeout_minutes=2)
+    tensor_ranks = ParallelConfig(tp_size=tp_size, world_size=tp_size)
+    groups = init_model_parallel(tensor_ranks, StagePlan.build(small_model(), tensor_ranks), timeout_minutes=2)
+    seed_everything(platform, 1, groups.ranks)
     training = TrainingConfig(micro_batch_size=1, global_batch_size=1, train_iters=1, seq_length=8)
     pairs = []
     for settings in MODELS:
@@ -41,7 +44,7 @@ def count_parameters(tp_size: int) -> list[tuple[tuple[int, int], tuple[int, int
             plan = StagePlan.build(model, parallel)
             for stage in plan.stages:
                 # building needs the tensor ranks only, so that one small job builds every stage of every pipeline
-                chunk = build_chunk(model, plan, stage, groups, training, platform, initialize=False)
+                chunk = build_chunk(model, plan, stage, tensor_ranks, training, platform, initialize=False)
                 sizes = [(weight.numel(), weight.requires_grad) for weight in chunk.parameters()]
                 built = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
                 pairs.append((stage_parameters(model, plan, stage), built))
