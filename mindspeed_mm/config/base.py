@@ -167,10 +167,10 @@ def _structure_problems(text: str) -> list[str]:
             if open_objects:
                 open_objects.pop()
         elif open_objects and (keys := open_objects[-1]) is not None and _COLON.match(text, token.end()):
-            line = _line(text, token.start())
             if word in keys:
-                problems.append(f"line {line}: key {word} stands twice in one object (first on line {keys[word]}).")
-            keys[word] = line
+                line, first = _line(text, token.start()), _line(text, keys[word])
+                problems.append(f"line {line}: key {word} stands twice in one object (first on line {first}).")
+            keys[word] = token.start()
     return problems
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mindspeed_mm.plan.auto import balanced_lists, layer_costs
-from mindspeed_mm.plan.checks import check_trainable, shown
+from mindspeed_mm.plan.checks import shown
 from mindspeed_mm.plan.estimate import Memory, estimate_memory, model_parameters, sample_shape, stage_parameters
 from mindspeed_mm.plan.flops import SampleShape, training_flops
 from mindspeed_mm.plan.stage import StagePlan, Tower
@@ -18,19 +18,8 @@ if TYPE_CHECKING:
 GIB = 2**30
 
 
-def plan_run(run: RunConfig) -> StagePlan:
-    """The checked plan of a run.
-
-    Raises:
-        ConfigError: with every rule that the stage lists, the sizes or the freezes break.
-    """
-    plan = StagePlan.build(run.model, run.parallel)
-    check_trainable(run.model, plan, run.optimizer.enable_dummy_optimizer)
-    return plan
-
-
 def render_dry_run(run: RunConfig, plan: StagePlan) -> str:
-    """The report of a dry run, plain text that ends with a newline."""
+    """The report of a dry run, plain text."""
     blocks = [
         _table(_summary_rows(run, plan), left=(0, 1)),
         plan_table(run.model, plan),
@@ -39,7 +28,7 @@ def render_dry_run(run: RunConfig, plan: StagePlan) -> str:
     ]
     if run.notes:
         blocks.append("\n".join(run.notes))
-    return "\n\n".join(blocks) + "\n"
+    return "\n\n".join(blocks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

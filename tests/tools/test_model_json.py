@@ -9,7 +9,7 @@ import pytest
 
 from mindspeed_mm.config import Qwen2VLConfig, load_settings, parse_settings
 from mindspeed_mm.errors import ConfigError
-from tools.model_json import main, model_json_from_hf, stage_list, to_json_text
+from tools.model_json import main, model_json_from_hf, stage_list, to_json_text, write_model_json
 
 from ..mindspeed_mm.config.test_qwen2vl import HUB_7B
 
@@ -93,3 +93,19 @@ def test_both_tools_run_as_scripts(hf_dir: Path, tmp_path: Path) -> None:
         ["tools/show_plan.py", "--model", "configs/qwen2vl/7b/model.json", "--pp", "4"],
     ):
         subprocess.run([sys.executable, *words], check=True, cwd=ROOT, capture_output=True)
+
+
+def test_the_tiny_settings_are_those_of_a_tiny_checkpoint(tmp_path: Path) -> None:
+    from tools.make_tiny_checkpoint import make_tiny_checkpoint
+
+    shipped = ROOT / "configs" / "qwen2vl" / "tiny" / "model.json"
+    directory = make_tiny_checkpoint(tmp_path / "tiny", tied=False, seed=0)
+    written = write_model_json(
+        directory,
+        tmp_path / "model.json",
+        vision_layers_list=[4, 0],
+        text_layers_list=[1, 5],
+        freeze_vision=False,
+        freeze_projector=False,
+    )
+    assert written.read_text() == shipped.read_text()
