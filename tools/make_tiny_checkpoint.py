@@ -1,7 +1,7 @@
 """Write a small Qwen2-VL checkpoint in the form of the model hub: config, weights, tokenizer and processor files.
 
 The directory loads with transformers 4.57 and 5.x (`Qwen2VLForConditionalGeneration`, `AutoTokenizer` and
-`AutoImageProcessor`; `AutoProcessor` too where torchvision is installed) and is what the tests and the quick start train.
+`AutoImageProcessor`; `AutoProcessor` too where torchvision is installed). The tests and the quick start train it.
 Nothing is downloaded: the tokenizer is a byte-level BPE trained on `tiny_corpus.txt`, with Qwen2's special tokens in
 Qwen2's order after the last BPE token, and the weights are drawn from a seed.
 
