@@ -20,6 +20,9 @@ from mindspeed_mm.errors import ConfigError, DataError
 MAX_IMAGE_PIXELS = 64_000_000
 MAX_ASPECT_RATIO = 200
 _CLIPPED_ASPECT_RATIO = 180
+Grid = tuple[int, int, int]
+"""Patches in time, height and width."""
+
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, which the processor files carry
 
@@ -149,8 +152,8 @@ def _smart_resize(width: int, height: int, settings: ImageSettings) -> tuple[int
     return new_width, new_height
 
 
-def grid_of(width: int, height: int, settings: ImageSettings) -> tuple[int, int, int]:
-    """Patches in time, height and width of a picture of this size; needs no pixels."""
+def grid_of(width: int, height: int, settings: ImageSettings) -> Grid:
+    """The grid of a picture of this size; needs no pixels. DataError as `target_size`."""
     new_width, new_height = target_size(width, height, settings)
     return 1, new_height // settings.patch_size, new_width // settings.patch_size
 
@@ -212,8 +215,25 @@ def _open(path: Path) -> Image.Image:
     return image
 
 
+def measure_image(path: Path, settings: ImageSettings) -> Grid:
+    """The grid of a picture, from the header of its file; DataError, which names the file, as `read_image_size`."""
+    width, height = read_image_size(path)
+    try:
+        return grid_of(width, height, settings)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Patches
+
+
+def load_patches(path: Path, settings: ImageSettings, grid: Grid) -> Tensor:
+    """The patches of the picture in a file, which was measured before; see `image_patches` and `read_image`."""
+    image = read_image(path)
+    if grid_of(*image.size, settings) != grid:
+        raise DataError(f"{path} changed after its size was read")
+    return image_patches(image, settings)
 
 
 def image_patches(image: Image.Image, settings: ImageSettings) -> Tensor:

@@ -61,9 +61,12 @@ class RecordFile:
         """
         name = self.index.name_of(number)
         start, end = (int(offset) for offset in self.index.offsets[number : number + 2])
-        if self._descriptor is None:
-            self._descriptor = os.open(self.index.path, os.O_RDONLY | os.O_CLOEXEC)
-        raw = os.pread(self._descriptor, end - start, start).strip(b" \t\r\n")
+        try:
+            if self._descriptor is None:
+                self._descriptor = os.open(self.index.path, os.O_RDONLY | os.O_CLOEXEC)
+            raw = os.pread(self._descriptor, end - start, start).strip(b" \t\r\n")
+        except OSError as error:
+            raise DataError(f"{name} cannot be read: {error.strerror}") from None
         if self.index.form == "array" and number + 1 < len(self):
             raw = raw.removesuffix(b",")
         return Record(name, _parse_record(raw, f"{name} (byte {start})"))
@@ -119,14 +122,26 @@ class RecordSet:
         names = ", ".join(str(path) for path in paths)
         if total == 0:
             raise DataError(f"{names}: no records (JSON objects) in it")
-        if max_samples is not None and max_samples > total:
-            raise DataError(f"max_samples = {max_samples}, but {names} hold {total} records; lower or drop max_samples")
-        return cls(files, range(total if max_samples is None else max_samples))
+        records = cls(files, range(total))
+        return records if max_samples is None else records.first(max_samples)
+
+    def first(self, size: int) -> RecordSet:
+        """The first records; DataError when there are fewer."""
+        if size > len(self):
+            names = ", ".join(str(file.index.path) for file in self.files)
+            raise DataError(f"max_samples = {size}, but {names} hold only {len(self)} records; lower or drop it")
+        return RecordSet(self.files, self._numbers[:size])
 
     def split(self, rate: float, *, seed: int) -> tuple[RecordSet, RecordSet]:
-        """Two disjoint parts in file order: the rest, and a random ceil(rate * size) records drawn from the seed."""
+        """Two disjoint parts in file order: the rest, and a random ceil(rate * size) records drawn from the seed.
+
+        Raises:
+            DataError: nothing is left for the first part.
+        """
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).numpy()
         held_out = math.ceil(len(self) * rate)
+        if held_out == len(self):
+            raise DataError(f"val_rate = {rate} leaves none of the {len(self)} records for training")
         numbers = np.asarray(self._numbers, dtype=np.int64)
         return (
             RecordSet(self.files, numbers[np.sort(order[held_out:])]),
