@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from importlib import import_module
 from importlib.util import find_spec
@@ -87,11 +88,19 @@ def cuda_problem() -> str | None:
 
 def find_varlen_attention() -> VarlenAttention | None:
     """torch's or flash-attn's attention over ragged rows; None if neither is installed."""
-    if find_spec("torch.nn.attention.varlen") is not None:
+    if _has_torch_varlen():
         return _torch_varlen
     if find_spec("flash_attn") is not None:
         return _flash_varlen
     return None
+
+
+def _has_torch_varlen() -> bool:
+    if find_spec("torch.nn.attention.varlen") is None:
+        return False
+    # Its first releases had neither a scale nor grouped heads.
+    parameters = inspect.signature(import_module("torch.nn.attention.varlen").varlen_attn).parameters
+    return {"scale", "window_size", "enable_gqa"} <= parameters.keys()
 
 
 def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float) -> Tensor:

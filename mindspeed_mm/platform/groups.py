@@ -6,10 +6,11 @@ import logging
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch.distributed as dist
@@ -20,13 +21,36 @@ from mindspeed_mm.platform.base import Platform
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from mindspeed_mm.config.arguments import ParallelConfig, RuntimeConfig
-    from mindspeed_mm.plan.stage import StagePlan
+    from mindspeed_mm.config.run import ParallelConfig, RuntimeConfig
 
 logger = logging.getLogger(__name__)
 
 ORDER = "tp-cp-ep-dp-pp"
 """Which ranks are neighbours: tensor-parallel ones first, pipeline stages last (megatron's default)."""
+
+
+TOKEN_EMBED, LM_HEAD = "token_embed", "lm_head"
+"""Words of the plan for the parts that tied weights live in."""
+
+
+class StageParts(Protocol):
+    """What groups need of a stage."""
+
+    @property
+    def pp_rank(self) -> int: ...
+
+    @property
+    def parts(self) -> AbstractSet[str]: ...
+
+
+class EmbeddingPlan(Protocol):
+    """What groups need of the stage plan (`StagePlan` fits; this room lies below the plan)."""
+
+    @property
+    def is_tied(self) -> bool: ...
+
+    @property
+    def stages(self) -> Sequence[StageParts]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +146,7 @@ def init_process_group(platform: Platform, runtime: RuntimeConfig, environ: Mapp
         raise SetupError(_connection_problem(address, rank, world_size, error)) from error
 
 
-def init_model_parallel(parallel: ParallelConfig, plan: StagePlan, *, timeout_minutes: int = 30) -> Groups:
+def init_model_parallel(parallel: ParallelConfig, plan: EmbeddingPlan, *, timeout_minutes: int = 30) -> Groups:
     """Build megatron's groups (order tp-cp-ep-dp-pp) and ours; the embedding group follows the plan.
 
     Raises:
@@ -167,15 +191,13 @@ def init_model_parallel(parallel: ParallelConfig, plan: StagePlan, *, timeout_mi
     )
 
 
-def embedding_stages(plan: StagePlan) -> list[int]:
+def embedding_stages(plan: EmbeddingPlan) -> list[int]:
     """Pipeline ranks that hold the word embedding or its tied copy, ascending; the head's alone when it is not tied."""
-    from mindspeed_mm.plan.stage import Part
-
-    parts = (Part.TOKEN_EMBED, Part.LM_HEAD) if plan.is_tied else (Part.LM_HEAD,)
-    return sorted({plan.stage_of(part).pp_rank for part in parts})
+    wanted = {TOKEN_EMBED, LM_HEAD} if plan.is_tied else {LM_HEAD}
+    return sorted({stage.pp_rank for stage in plan.stages if wanted & stage.parts})
 
 
-def embedding_ranks(plan: StagePlan) -> Callable[..., list[int]]:
+def embedding_ranks(plan: EmbeddingPlan) -> Callable[..., list[int]]:
     """megatron's hook: of the global ranks of one pipeline, those that hold the word embedding or its tied copy.
 
     Untied weights are never reduced together; the group is then the head's stage alone.

@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from mindspeed_mm.errors import SetupError
+from mindspeed_mm.plan.stage import StagePlan
 from mindspeed_mm.platform import groups
 from mindspeed_mm.platform.cpu import CpuPlatform
 from mindspeed_mm.platform.groups import ORDER, Ranks, embedding_ranks, init_process_group
@@ -57,9 +58,12 @@ def test_places_are_megatrons() -> None:
     assert [Ranks.of(0, **degrees).replica_ranks(dp_rank) for dp_rank in range(2)] == replicas
 
 
-def _plan(is_tied: bool, embed: int, head: int) -> Any:
-    stages = {"token_embed": SimpleNamespace(pp_rank=embed), "lm_head": SimpleNamespace(pp_rank=head)}
-    return SimpleNamespace(is_tied=is_tied, stage_of=lambda part: stages[part.value])
+def _plan(is_tied: bool, embed: int, head: int) -> StagePlan:
+    vision = [1] + [0] * head if embed == 0 else [1] * embed + [0] * (head + 1 - embed)
+    text = [0] * embed + [1] * (head + 1 - embed)
+    return StagePlan.from_lists(
+        "qwen2vl", [vision], [text], tp_size=1, vision_layers=sum(vision), text_layers=sum(text), is_tied=is_tied
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,13 @@ import pytest
 from tests.mindspeed_mm.platform.conftest import ROOT
 
 PLAIN: list[dict[str, Any]] = [{}, {"bf16": True}, {"variable": True}]
+# Pipelines first: destroy_model_parallel() of megatron-core 0.12.1 leaves the position embedding's ranks behind.
 SPREAD: list[dict[str, Any]] = [
     {"pp_size": 2, "use_distributed_optimizer": True},
-    {"use_distributed_optimizer": True, "overlap": True},
-    {"use_distributed_optimizer": True, "bf16": True},
     {"pp_size": 2, "use_distributed_optimizer": True, "bf16": True},
     {"pp_size": 2, "variable": True},
+    {"use_distributed_optimizer": True, "overlap": True},
+    {"use_distributed_optimizer": True, "bf16": True},
 ]
 
 Steps = list[tuple[float, float]]

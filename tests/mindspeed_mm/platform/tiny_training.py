@@ -46,8 +46,11 @@ def main() -> None:
 
 def plan_of(pp_size: int) -> Any:
     """A plan with the embedding on the first stage and its tied head on the last."""
-    stage_of = {"token_embed": SimpleNamespace(pp_rank=0), "lm_head": SimpleNamespace(pp_rank=pp_size - 1)}
-    return SimpleNamespace(is_tied=True, stage_of=lambda part: stage_of[part.value])
+    stages = (
+        SimpleNamespace(pp_rank=0, parts={"token_embed"}),
+        SimpleNamespace(pp_rank=pp_size - 1, parts={"lm_head"}),
+    )
+    return SimpleNamespace(is_tied=True, stages=stages)
 
 
 def check_relay(groups: Groups) -> None:
