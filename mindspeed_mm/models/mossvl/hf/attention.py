@@ -119,7 +119,9 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, chunks: list[tuple[RowChun
         for chunk in sample_chunks:
             rows = q[index : index + 1, :, chunk.start : chunk.stop]
             if chunk.num_visible == 0:
-                parts.append(torch.zeros_like(rows))
+                # Zero, but with a gradient of zero for keys and values: data-parallel engines wait for every parameter,
+                # also in a batch where no text sees a picture.
+                parts.append(grouped_sdpa(rows, k[index : index + 1, :, :1], v[index : index + 1, :, :1], scale) * 0)
                 continue
             keys, values = (x[index : index + 1, :, : chunk.num_visible] for x in (k, v))
             visible = None

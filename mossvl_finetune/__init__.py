@@ -1,0 +1,1 @@
+"""Fine-tuning of MOSS-VL with transformers' Trainer: the documented command line."""
