@@ -30,6 +30,10 @@ COLOURS = {
 COUNTS = ("one", "two", "three", "four")
 CELL_SIZE = 28
 """Pixels; one cell becomes one image token (patch 14, merged two by two)."""
+FRAME_SIZE = 2
+FRAME_COLOUR = (110, 110, 110)
+"""Every picture is framed: the vision tower knows relative positions only, and on an even background nothing else
+tells it where a corner is."""
 
 QUESTIONS = {
     "shape": "What shape is it?",
@@ -81,8 +85,8 @@ def draw_scene(rng: random.Random) -> Scene:
         cells = [(rng.choice((0, rows - 1)), rng.choice((0, columns - 1)))]
     else:
         cells = rng.sample([(row, column) for row in range(rows) for column in range(columns)], count)
-    radius = rng.randint(8, 11)
-    free = CELL_SIZE // 2 - radius - 1
+    radius = rng.randint(8, 10)
+    free = CELL_SIZE // 2 - radius - FRAME_SIZE - 1
     return Scene(
         grid=grid,
         shape=rng.choice(SHAPES),
@@ -97,8 +101,10 @@ def draw_scene(rng: random.Random) -> Scene:
 def render(scene: Scene) -> Image.Image:
     """The picture of a scene, RGB."""
     rows, columns = scene.grid
-    picture = Image.new("RGB", (columns * CELL_SIZE, rows * CELL_SIZE), scene.background)
+    width, height = columns * CELL_SIZE, rows * CELL_SIZE
+    picture = Image.new("RGB", (width, height), scene.background)
     canvas, r, fill = ImageDraw.Draw(picture), scene.radius, COLOURS[scene.colour]
+    canvas.rectangle((0, 0, width - 1, height - 1), outline=FRAME_COLOUR, width=FRAME_SIZE)
     for (row, column), (dx, dy) in zip(scene.cells, scene.offsets, strict=True):
         x = column * CELL_SIZE + CELL_SIZE // 2 + dx
         y = row * CELL_SIZE + CELL_SIZE // 2 + dy
