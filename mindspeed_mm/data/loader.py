@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from mindspeed_mm.ops.batch import Batch
 logger = logging.getLogger(__name__)
 
 WORKER_TIMEOUT_S = 300
+DEFAULT_PREFETCH_FACTOR = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +65,10 @@ class MicroBatchDataset(Dataset[MicroBatch]):
             return MicroBatch(self.collator(samples), tuple(notes), None)
         except DataError as error:
             return MicroBatch(None, tuple(notes), str(error))
-        except Exception as error:
+        except Exception:
+            # A defect of ours or of a library: the reader needs the trace, and only text brings it out of a worker.
             names = ", ".join(self.preparer.records.name_of(number) for number in numbers)
-            raise RuntimeError(f"while preparing {names}") from error
+            return MicroBatch(None, tuple(notes), f"unexpected error while preparing {names}\n{traceback.format_exc()}")
 
 
 def _as_it_is(micro_batch: Any) -> Any:
@@ -115,14 +118,18 @@ class BatchLoader(Iterator[Batch]):
     def __next__(self) -> Batch:
         if self._iterator is None:
             self._iterator = iter(self._make_torch_loader())
+        failure: str | None
         try:
             prepared = next(self._iterator)
         except RuntimeError as error:
-            # A worker that died or hangs cannot say what it worked on, but the order is known.
-            raise DataError(f"a data worker failed at {self._names_of_next()}: {error}") from error
-        self._count(prepared.notes)
-        if prepared.batch is None:
-            raise DataError(prepared.error)
+            failure = f"a data worker failed at {self._work_in_progress()}: {error}"
+        else:
+            self._count(prepared.notes)
+            failure = prepared.error
+        if failure is not None or prepared.batch is None:
+            # Raised out here, where nothing refers to torch's iterator any more, so that its workers end at once.
+            self.close()
+            raise DataError(failure)
         self.consumed_samples += self._step
         return prepared.batch
 
@@ -139,7 +146,10 @@ class BatchLoader(Iterator[Batch]):
         workers = self._training.num_workers
         parallel: dict[str, Any] = {}
         if workers:
-            parallel = {"timeout": WORKER_TIMEOUT_S, "prefetch_factor": self._loading.prefetch_factor or 2}
+            parallel = {
+                "timeout": WORKER_TIMEOUT_S,
+                "prefetch_factor": self._loading.prefetch_factor or DEFAULT_PREFETCH_FACTOR,
+            }
         return DataLoader(
             self.dataset,
             batch_sampler=self._numbers_from(self.consumed_samples),
@@ -151,16 +161,21 @@ class BatchLoader(Iterator[Batch]):
             **parallel,
         )
 
-    def _names_of_next(self) -> str:
+    def _work_in_progress(self) -> str:
+        """What the workers were at: one that died or hangs cannot say it, but the order is known."""
         numbers = next(self._numbers_from(self.consumed_samples))
-        return ", ".join(self.dataset.preparer.records.name_of(number) for number in numbers) or "a filler"
+        names = ", ".join(self.dataset.preparer.records.name_of(number) for number in numbers) or "a filler"
+        ahead = self._training.num_workers * (self._loading.prefetch_factor or DEFAULT_PREFETCH_FACTOR)
+        return f"{names}, or at one of the next {ahead} micro-batches" if ahead else names
 
     def _count(self, notes: Sequence[Note]) -> None:
         for note in notes:
             self.counts[note.reason] += 1
             count = self.counts[note.reason]
             if count == 10 ** (len(str(count)) - 1):
-                logger.warning("data: %d records %s so far; now %s (%s)", count, note.reason, note.name, note.detail)
+                logger.warning(
+                    "data: %d records so far were %s; this one is %s (%s)", count, note.reason, note.name, note.detail
+                )
 
 
 def build_train_loader(

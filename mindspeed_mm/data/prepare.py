@@ -72,13 +72,13 @@ class SamplePreparer:
                 sample, grids = self._measured(candidate)
                 features = to_features(sample.name, self.template.encode(sample, grids), self.rule)
             except UnusableSampleError as error:
-                notes.append(Note(f"dropped, because it {error.reason}", error.name, error.detail))
+                notes.append(Note(f"dropped: {error.reason}", error.name, error.detail))
                 continue
             return self._with_pixels(sample, grids, features, notes)
         tried = min(len(self), _MAX_REPLACEMENTS)
         first = notes[-tried]
         raise DataError(
-            f"none of {tried} records from {first.name} on is usable; it was {first.reason}: {first.detail}"
+            f"none of {tried} records from {first.name} on is usable; the first was {first.reason} ({first.detail})"
         )
 
     def _from(self, number: int) -> Iterator[int]:
