@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 Part = tuple["Block", ...]
 """The blocks of one stored tensor."""
@@ -76,7 +77,7 @@ def check_cover(parts: Sequence[Part], rows: int, cols: int) -> None:
 
 def _neighbours(blocks: list[Block]) -> list[tuple[Block, Block]]:
     ordered = sorted(blocks, key=lambda block: (block.row, block.col))
-    return list(zip(ordered, ordered[1:], strict=False))
+    return list(pairwise(ordered))
 
 
 def match(sources: Sequence[Part], targets: Sequence[Part]) -> tuple[Move, ...]:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,7 +23,7 @@ from mindspeed_mm.storage.manifest import FileRecord
 CHUNK_BYTES = 4 << 20
 """Size of a worker's buffer: small enough for the processor's cache, large enough that calls cost nothing."""
 
-# Largest bit pattern of a finite number, read as an integer with the sign bit off; patterns above are infinities and NaN.
+# Largest bit pattern of a finite number without its sign bit; patterns above are infinities and NaN.
 _FINITE = {
     "bfloat16": ("u2", 0x7F7F),
     "float16": ("u2", 0x7BFF),
@@ -137,12 +137,12 @@ class _Run:
         self.check_finite = check_finite
         self.not_finite: set[str] = set()
         self.failed = threading.Event()
+        self._syncs: list[Future[None]] = []
         self._queue = _chunks(files)
         self._queue_lock = threading.Lock()
 
     def carry_out(self, workers: int) -> None:
         with ThreadPoolExecutor(workers + 1, "convert") as pool:
-            self._syncs = []
             self._pool = pool
             tasks = [pool.submit(self._work) for _ in range(workers)]
             done, _ = wait(tasks, return_when=FIRST_EXCEPTION)

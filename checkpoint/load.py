@@ -43,8 +43,8 @@ def recognise(path: Path) -> Literal["hf", "mm"]:
     if is_mm or is_hf:
         return "mm" if is_mm else "hf"
     raise CheckpointError(
-        f"{path} holds no checkpoint: expected {CONFIG_FILE} beside *.safetensors files (Hugging Face), or {layout.TRACKER} with "
-        "'release' or iter_* (MM)."
+        f"{path} holds no checkpoint: expected {CONFIG_FILE} beside *.safetensors files (Hugging Face), or "
+        f"{layout.TRACKER} with 'release' or iter_* (MM)."
     )
 
 
@@ -91,7 +91,7 @@ def _read_from_mm(
     difference = None if saved is None else saved.difference_from(plan)
     if difference is not None:
         raise CheckpointError(
-            f"{layout.iteration_dir(path, iteration)} was cut by another plan ({difference}; saved first, this run second).\n"
+            f"{layout.iteration_dir(path, iteration)} was cut by another plan ({difference}; saved, this run).\n"
             "  Use the layout of the checkpoint, or re-split it with `mm-convert Qwen2VLConverter resplit`."
         )
     store = MmStore.open(path, plan, rules, iteration)
@@ -126,7 +126,7 @@ def _read(sources: Sources, entry: StageWeight, source: Placement, tp_size: int,
         tuple(StoredTensor(_MEMORY, source.dtype, shape, 0) for shape in shapes), tp_layout, source.shape
     )
     result = torch.empty(shapes[number], dtype=getattr(torch, source.dtype.name))
-    view = memoryview(result.reshape(-1).view(torch.uint8).numpy())
+    view = result.reshape(-1).view(torch.uint8).numpy().data
     for segment in segments_of(str(entry.rule), source, target)[number]:
         fill_segment(sources, segment, view[segment.offset : segment.offset + segment.nbytes])
     return result

@@ -99,8 +99,8 @@ def plan_of_checkpoint(root: Path, iteration: layout.Iteration, cut: Cut, *, is_
     if cut.llm_pp_layers is None:
         raise ConfigError(
             "parallel_config",
-            f"{layout.iteration_dir(root, iteration)} has no {layout.PLAN_FILE}, so its layout must be said: llm_pp_layers, "
-            "vit_pp_layers and tp_size.",
+            f"{layout.iteration_dir(root, iteration)} has no {layout.PLAN_FILE}, so its layout must be said: "
+            "llm_pp_layers, vit_pp_layers and tp_size.",
         )
     pp_size = _pp_size(layout.iteration_dir(root, iteration))
     text = nested(cut.llm_pp_layers, pp_size)

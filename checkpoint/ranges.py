@@ -130,7 +130,7 @@ def fill_rows(sources: Sources, segment: Segment, first: int, view: memoryview, 
 def _fill_runs(sources: Sources, piece: Piece, start: int, target: np.ndarray) -> None:
     for row in range(len(target)):
         run = target[row, piece.column : piece.column + piece.width]
-        sources.read_into(piece.source, start + row * piece.stride, memoryview(run))
+        sources.read_into(piece.source, start + row * piece.stride, run.data)
 
 
 def fill_segment(sources: Sources, segment: Segment, view: memoryview) -> None:

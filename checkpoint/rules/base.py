@@ -375,7 +375,9 @@ class RuleSet:
         found = []
         for rule in self.rules:
             problem = rule.pack.shard_problem(tp_size) if rule.tp is not Split.REPLICATED else None
-            if problem is None and rule.shape is not None:
+            if problem:
+                problem = f"{problem} in the {rule.at} tower"
+            elif rule.shape is not None:
                 problem = rule.tp.problem(rule.shape, tp_size)
                 problem = problem and f"{rule}: {problem}"
             if problem:

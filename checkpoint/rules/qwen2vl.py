@@ -171,8 +171,14 @@ def _stand_in(plan: StagePlan) -> dict[str, object]:
     tower = {"model_id": "qwen2vit", "num_layers": plan.vision_layers, "hidden_size": 8, "num_attention_heads": 1}
     projector = {"model_id": "lnmlp", "input_size": 8, "ffn_hidden_size": 32, "hidden_size": 8}
     text = {
-        "model_id": "qwen2lm", "num_layers": plan.text_layers, "hidden_size": 8, "num_attention_heads": 1, "vocab_size": 200_000,
-        "max_position_embeddings": 1, "untie_embeddings_and_output_weights": not plan.is_tied, "mrope_section": (1, 1, 2),
-    }  # fmt: skip
+        "model_id": "qwen2lm",
+        "num_layers": plan.text_layers,
+        "hidden_size": 8,
+        "num_attention_heads": 1,
+        "vocab_size": 200_000,
+        "max_position_embeddings": 1,
+        "untie_embeddings_and_output_weights": not plan.is_tied,
+        "mrope_section": (1, 1, 2),
+    }
     vision = {"vision_encoder": tower, "vision_projector": projector} if plan.vision_layers else None
     return {"model_id": plan.family, "image_encoder": vision, "text_decoder": text}

@@ -48,12 +48,13 @@ def place(
     for name, tensor, expected in zip(names, tensors, layout.part_shapes(shape), strict=True):
         if tensor.shape != expected:
             raise CheckpointError(
-                f"{tensor.path}: {name} has shape {list(tensor.shape)}; expected {list(expected)} for {weight.mm} of {list(shape)}."
+                f"{tensor.path}: {name} has shape {list(tensor.shape)}; expected {list(expected)} for {weight.mm} of "
+                f"{list(shape)}."
             )
         if tensor.dtype != tensors[0].dtype:
             raise CheckpointError(
-                f"{tensor.path}: {name} has dtype {tensor.dtype.name}, but {names[0]} has {tensors[0].dtype.name}; they become one "
-                f"tensor ({weight.mm})."
+                f"{tensor.path}: {name} has dtype {tensor.dtype.name}, but {names[0]} has {tensors[0].dtype.name}; "
+                f"they become one tensor ({weight.mm})."
             )
     if tensors[0].dtype.name not in FLOATS:
         raise CheckpointError(

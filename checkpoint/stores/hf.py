@@ -82,14 +82,14 @@ class HfStore:
 
     def placements(self, weight: Weight) -> tuple[Placement, ...]:
         """The tensors of a weight; a second copy where the file of a tied model holds the output head, too."""
-        rule = weight.rule
+        rule, copy = weight.rule, weight.rule.copy_hf
         if rule.shape is None:
             raise ConfigError("weight rules", "Hugging Face tensors need rules of a model of known sizes.")
         missing = [name for name in weight.hf if name not in self.tensors]
         raise_problems(f"{self.root} lacks tensors", missing)
         found = [place(weight, weight.hf, [self.tensors[name] for name in weight.hf], rule.pack, rule.shape)]
-        if rule.copy_hf in self.tensors:
-            found.append(place(weight, [rule.copy_hf], [self.tensors[rule.copy_hf]], rule.pack, rule.shape))
+        if copy is not None and copy in self.tensors:
+            found.append(place(weight, [copy], [self.tensors[copy]], rule.pack, rule.shape))
         return tuple(found)
 
 

@@ -78,17 +78,15 @@ class MmStore:
             chunks = self.index(rank).chunks()
             if len(chunks) != self.plan.vp_size:
                 raise CheckpointError(
-                    f"{self.shard_path(rank)} holds {len(chunks)} virtual chunks; expected {self.plan.vp_size}. Give the stage lists "
-                    "that the checkpoint was written with."
+                    f"{self.shard_path(rank)} holds {len(chunks)} virtual chunks; expected {self.plan.vp_size}. Give the "
+                    "stage lists that the checkpoint was written with."
                 )
             self._chunks[rank] = chunks
         return self._chunks[rank][stage.vp_stage]
 
-    def check(self, *, ignored: frozenset[str] = frozenset()) -> None:
+    def check(self) -> None:
         """Check that every shard holds exactly the tensors of its stage, in the right shapes.
 
-        Args:
-            ignored: local names that may be there without being used.
         Raises:
             CheckpointError: with every tensor that is missing, left over, or of another shape or dtype.
         """
@@ -101,9 +99,9 @@ class MmStore:
                 place_name = f"{layout.rank_name(tp_rank, stage.pp_rank, self.plan.pp_size)}" + (
                     f", model{stage.vp_stage}" if self.plan.vp_size > 1 else ""
                 )
-                problems += [f"{place_name}: {name} is missing" for name in sorted(wanted - found)]
+                problems += [f"{place_name}: {name} is missing" for name in sorted(wanted - found - copies)]
                 problems += [
-                    f"{place_name}: {name} has no place on this stage" for name in sorted(found - wanted - ignored)
+                    f"{place_name}: {name} has no place on this stage" for name in sorted(found - wanted - copies)
                 ]
         raise_problems(f"{self.folder} does not hold the stages of the plan", problems)
         check_dtypes((weight, placement) for weight in self.rules.weights for placement in self.placements(weight))
@@ -172,8 +170,8 @@ class MmStore:
         wanted = {layout.rank_name(*rank, self.plan.pp_size) for rank in self.ranks}
         problems = [f"{name} is missing" for name in sorted(wanted - present)]
         problems += [f"{name} does not belong to the plan" for name in sorted(present - wanted)]
-        title = f"{self.folder} does not have the rank directories of tp_size {self.plan.tp_size}, pp_size {self.plan.pp_size}"
-        raise_problems(title, problems)
+        sizes = f"tp_size {self.plan.tp_size}, pp_size {self.plan.pp_size}"
+        raise_problems(f"{self.folder} does not have the rank directories of {sizes}", problems)
 
     def _check_shapes(self) -> None:
         """Without a model's sizes, at least all layers of a rule have one shape."""

@@ -40,8 +40,8 @@ def read_archive(path: Path) -> dict[str, Record]:
                     entries = archive.infolist()
             except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, struct.error) as error:
                 raise CheckpointError(
-                    f"{path} ({size:,} bytes) is not a whole torch.save file: it is truncated, damaged, or was written by "
-                    f"torch older than 1.6 ({error})."
+                    f"{path} ({size:,} bytes) is not a whole torch.save file: it is truncated, damaged, or was written "
+                    f"by torch older than 1.6 ({error})."
                 ) from error
             records: dict[str, Record] = {}
             for entry in entries:

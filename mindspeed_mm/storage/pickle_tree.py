@@ -1,14 +1,14 @@
 """Pickles read as trees of plain values, never executed, and written back the same way.
 
-Foreign checkpoints carry objects whose classes do not exist here, and may carry malicious ones. The opcodes are therefore
-interpreted here: whatever a pickle would have called or imported stays a `Call` or a `Global` in the tree.
+Foreign checkpoints carry objects whose classes do not exist here, and may carry malicious ones. The opcodes are
+therefore interpreted here: whatever a pickle would have called or imported stays a `Call` or a `Global` in the tree.
 """
 
 from __future__ import annotations
 
 import pickletools
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,8 @@ from mindspeed_mm.errors import CheckpointError
 
 MAX_PICKLE_BYTES = 1 << 29
 """Larger pickles are refused: they hold names and shapes, not tensors."""
-_MAX_NODES = 20_000_000
-_MAX_DEPTH = 400
+_MAX_OPCODES = 10_000_000
+_MAX_DEPTH = 150
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +65,11 @@ class _Mark:
 _MARK = _Mark()
 _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _LITERALS = frozenset(
-    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES "
-    "BINBYTES8 BYTEARRAY8 UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8".split()
+    (
+        *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+        *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+        *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+    )
 )
 _IGNORED = frozenset(("PROTO", "FRAME"))
 
@@ -141,6 +144,8 @@ class _Reader:
         if len(pairs) % 2:
             raise ValueError("a key without a value")
         entries = list(zip(pairs[::2], pairs[1::2], strict=True))
+        for key, _ in entries:
+            _check_hashable(key)
         if isinstance(target, dict):
             target.update(entries)
         elif isinstance(target, Call):
@@ -153,6 +158,8 @@ class _Reader:
         if isinstance(target, list):
             target.extend(items)
         elif isinstance(target, set):
+            for item in items:
+                _check_hashable(item)
             target.update(items)
         elif isinstance(target, Call):
             target.appended.extend(items)
@@ -217,7 +224,7 @@ _HANDLERS: dict[str, Callable[[_Reader, Any], None]] = {
     "TUPLE1": lambda reader, _: reader._tuple(1),
     "TUPLE2": lambda reader, _: reader._tuple(2),
     "TUPLE3": lambda reader, _: reader._tuple(3),
-    "FROZENSET": lambda reader, _: reader.stack.append(frozenset(reader._pop_to_mark())),
+    "FROZENSET": lambda reader, _: _frozenset(reader),
     "SETITEM": lambda reader, _: _set_one(reader),
     "SETITEMS": lambda reader, _: reader._set_entries(reader._pop_to_mark()),
     "APPEND": lambda reader, _: reader._append([reader._pop()]),
@@ -243,6 +250,22 @@ _HANDLERS: dict[str, Callable[[_Reader, Any], None]] = {
 }
 
 
+def _check_hashable(key: Any, depth: int = 0) -> None:
+    """Refuse keys nested so deeply that computing their hash would overflow the interpreter's stack."""
+    if depth > 8:
+        raise ValueError("a key is nested too deeply")
+    items = key if isinstance(key, tuple | frozenset) else (key.pid,) if isinstance(key, Persistent) else ()
+    for item in items:
+        _check_hashable(item, depth + 1)
+
+
+def _frozenset(reader: _Reader) -> None:
+    items = reader._pop_to_mark()
+    for item in items:
+        _check_hashable(item)
+    reader.stack.append(frozenset(items))
+
+
 def _dict_of_marked(reader: _Reader) -> None:
     pairs = reader._pop_to_mark()
     reader.stack.append({})
@@ -261,98 +284,96 @@ def emit_pickle(tree: Any) -> bytes:
         CheckpointError: the tree holds another type, refers to itself, or is far too large.
     """
     writer = _Writer()
-    return b"\x80\x02" + b"".join(writer.emit(tree, 0)) + b"."
+    writer.emit(tree, 0)
+    return b"\x80\x02" + b"".join(writer.out) + b"."
 
 
 class _Writer:
     """Emits opcodes without memo: shared values are repeated."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.out: list[bytes] = []
 
-    def emit(self, node: Any, depth: int) -> Iterator[bytes]:
-        self.count += 1
-        if depth > _MAX_DEPTH or self.count > _MAX_NODES:
+    def emit(self, node: Any, depth: int) -> None:
+        if depth > _MAX_DEPTH or len(self.out) > _MAX_OPCODES:
             raise CheckpointError("a value of the checkpoint refers to itself or is nested too deeply to be written.")
+        out = self.out
         if node is None:
-            yield b"N"
+            out.append(b"N")
         elif isinstance(node, bool):
-            yield b"\x88" if node else b"\x89"
+            out.append(b"\x88" if node else b"\x89")
         elif isinstance(node, int):
-            yield _integer(node)
+            out.append(_integer(node))
         elif isinstance(node, float):
-            yield b"G" + struct.pack(">d", node)
+            out.append(b"G" + struct.pack(">d", node))
         elif isinstance(node, str):
             data = node.encode("utf-8", "surrogatepass")
-            yield b"X" + struct.pack("<I", len(data)) + data
+            out.append(b"X" + struct.pack("<I", len(data)) + data)
         elif isinstance(node, Global):
-            yield f"c{node.module}\n{node.name}\n".encode()
+            out.append(f"c{node.module}\n{node.name}\n".encode())
         else:
-            yield from self._container(node, depth + 1)
+            self._container(node, depth + 1)
 
-    def _container(self, node: Any, depth: int) -> Iterator[bytes]:
+    def _container(self, node: Any, depth: int) -> None:
         if isinstance(node, dict):
-            yield b"}"
-            yield from self._entries(node.items(), depth)
+            self.out.append(b"}")
+            self._entries(node.items(), depth)
         elif isinstance(node, list):
-            yield b"]"
-            yield from self._items(node, depth)
+            self.out.append(b"]")
+            self._items(node, depth)
         elif isinstance(node, tuple):
-            yield from self._tuple(node, depth)
+            self._tuple(node, depth)
         elif isinstance(node, Persistent):
-            yield from self.emit(node.pid, depth)
-            yield b"Q"
+            self.emit(node.pid, depth)
+            self.out.append(b"Q")
         elif isinstance(node, Call):
-            yield from self._call(node, depth)
-        elif isinstance(node, bytes | bytearray):
-            encode = Call(Global("_codecs", "encode"), (node.decode("latin1"), "latin1"))
-            yield from self.emit(
-                encode if isinstance(node, bytes) else Call(Global("builtins", "bytearray"), (encode,)), depth
-            )
+            self._call(node, depth)
+        elif isinstance(node, bytes):
+            self.emit(Call(Global("_codecs", "encode"), (node.decode("latin1"), "latin1")), depth)
+        elif isinstance(node, bytearray):
+            self.emit(Call(Global("__builtin__", "bytearray"), (bytes(node),)), depth)
         elif isinstance(node, set | frozenset):
-            name = "set" if isinstance(node, set) else "frozenset"
-            yield from self.emit(Call(Global("builtins", name), (list(node),)), depth)
+            self.emit(Call(Global("__builtin__", type(node).__name__), (list(node),)), depth)
         else:
             raise CheckpointError(f"a value of type {type(node).__name__} cannot be written to a checkpoint.")
 
-    def _call(self, node: Call, depth: int) -> Iterator[bytes]:
-        yield from self.emit(node.target, depth)
-        yield from self.emit(node.args, depth)
+    def _call(self, node: Call, depth: int) -> None:
+        self.emit(node.target, depth)
+        self.emit(node.args, depth)
         if node.kwargs is not None:
-            raise CheckpointError(
-                f"{node.target} was built with keyword arguments; such a value cannot be written back."
-            )
-        yield b"\x81" if node.is_new else b"R"
-        yield from self._items(node.appended, depth)
-        yield from self._entries(node.entries, depth)
+            raise CheckpointError(f"{node.target} was built with keyword arguments; such a value cannot be written.")
+        self.out.append(b"\x81" if node.is_new else b"R")
+        self._items(node.appended, depth)
+        self._entries(node.entries, depth)
         if node.has_state:
-            yield from self.emit(node.state, depth)
-            yield b"b"
+            self.emit(node.state, depth)
+            self.out.append(b"b")
 
-    def _tuple(self, node: tuple[Any, ...], depth: int) -> Iterator[bytes]:
+    def _tuple(self, node: tuple[Any, ...], depth: int) -> None:
         if not node:
-            yield b")"
+            self.out.append(b")")
             return
         if len(node) > 3:
-            yield b"("
+            self.out.append(b"(")
         for item in node:
-            yield from self.emit(item, depth)
-        yield {1: b"\x85", 2: b"\x86", 3: b"\x87"}.get(len(node), b"t")
+            self.emit(item, depth)
+        self.out.append({1: b"\x85", 2: b"\x86", 3: b"\x87"}.get(len(node), b"t"))
 
-    def _items(self, items: list[Any], depth: int) -> Iterator[bytes]:
+    def _items(self, items: list[Any], depth: int) -> None:
         if items:
-            yield b"("
+            self.out.append(b"(")
             for item in items:
-                yield from self.emit(item, depth)
-            yield b"e"
+                self.emit(item, depth)
+            self.out.append(b"e")
 
-    def _entries(self, entries: Any, depth: int) -> Iterator[bytes]:
-        if entries:
-            yield b"("
-            for key, value in entries:
-                yield from self.emit(key, depth)
-                yield from self.emit(value, depth)
-            yield b"u"
+    def _entries(self, entries: Iterable[tuple[Any, Any]], depth: int) -> None:
+        pairs = list(entries)
+        if pairs:
+            self.out.append(b"(")
+            for key, value in pairs:
+                self.emit(key, depth)
+                self.emit(value, depth)
+            self.out.append(b"u")
 
 
 def _integer(value: int) -> bytes:

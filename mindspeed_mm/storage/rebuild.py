@@ -17,9 +17,12 @@ from mindspeed_mm.storage.pickle_tree import Call, Global
 from mindspeed_mm.storage.shard import ShardIndex, as_items, map_file
 from mindspeed_mm.storage.tensors import StoredTensor
 
+_BUILTINS = {
+    f"{module}.{kind.__name__}": kind for module in ("builtins", "__builtin__") for kind in (bytearray, set, frozenset)
+}
 _NUMPY_ARRAY = {f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")}
 _NUMPY_SCALAR = {f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")}
-_MAX_DEPTH = 300
+_MAX_DEPTH = 150
 
 
 class Rebuilder:
@@ -82,9 +85,10 @@ class Rebuilder:
         try:
             if name == "_codecs.encode" and args[1:] == ("latin1",):
                 return args[0].encode("latin1")
-            if name in ("builtins.bytearray", "builtins.set", "builtins.frozenset") and len(args) == 1:
-                return {"bytearray": bytearray, "set": set, "frozenset": frozenset}[name[9:]](args[0])
-            if name == "builtins.complex":
+            kind = _BUILTINS.get(name)
+            if kind is not None and len(args) == 1:
+                return kind(args[0])
+            if name in ("builtins.complex", "__builtin__.complex"):
                 return complex(*map(float, args))
             if name == "pathlib.PosixPath":
                 return PurePosixPath(*map(str, args))
@@ -120,7 +124,7 @@ def _numpy_dtype(args: tuple[Any, ...], node: Call) -> np.dtype[Any]:
     if dtype.hasobject:
         raise ValueError("arrays of Python objects are not read")
     order = node.state[1] if isinstance(node.state, tuple) and len(node.state) > 1 else "|"
-    return dtype.newbyteorder(order) if order in ("<", ">") else dtype
+    return dtype.newbyteorder(">") if order == ">" else dtype
 
 
 def _numpy_array(state: Any) -> np.ndarray[Any, Any]:

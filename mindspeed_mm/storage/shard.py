@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from mindspeed_mm.errors import CheckpointError
 from mindspeed_mm.storage.archive import Record, plan_archive, read_archive
@@ -43,7 +43,8 @@ class ShardIndex:
             storage, start, shape, stride = call.args[:4]
             _, kind, key, _, count = storage.pid
             dtype = BY_STORAGE.get(kind.name)
-            start, count, shape, stride = int(start), int(count), tuple(map(int, shape)), tuple(map(int, stride))
+            start, count = int(start), int(count)
+            shape, stride = tuple(map(int, shape)), tuple(map(int, stride))
         except (AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.path}: a tensor is described in a way that torch does not write.") from error
         if dtype is None:
@@ -106,9 +107,13 @@ def _tensor_call(node: Any) -> Call | None:
 def _check_extent(
     path: Path, dtype: Dtype, start: int, shape: tuple[int, ...], stride: tuple[int, ...], count: int, record: Record
 ) -> None:
-    expected = 1
-    for extent, step in zip(reversed(shape), reversed(stride), strict=True):
-        if extent > 1 and step != expected and prod(shape):
+    expected, size = 1, prod(shape)
+    is_contiguous = len(shape) == len(stride)
+    for extent, step in zip(reversed(shape), reversed(stride), strict=False):
+        is_contiguous &= extent <= 1 or step == expected or not size
+        expected *= extent
+    if not is_contiguous:
+        if True:
             raise CheckpointError(
                 f"{path}: a tensor of shape {list(shape)} is stored with strides {list(stride)}; expected contiguous."
             )
@@ -213,7 +218,7 @@ def write_shard(path: Path, content: Mapping[str, Any]) -> None:
     sink = _Sink(os.fdopen(open_new(path), "wb"))
     try:
         with sink.file:
-            torch.save(dict(content), sink)
+            torch.save(dict(content), cast(IO[bytes], sink))
             sink.file.flush()
             os.fsync(sink.file.fileno())
     except BaseException as error:

@@ -1,0 +1,74 @@
+"""`mm-convert`: the command line of the converter. Nothing heavy is imported before the arguments are known."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import CLI
+
+from checkpoint.options import HfToMmConfig, MmToHfConfig
+from mindspeed_mm.errors import MindSpeedMMError
+
+if TYPE_CHECKING:
+    from checkpoint.job import Summary
+
+
+def hf_to_mm(cfg: HfToMmConfig) -> None:
+    """Cut a Hugging Face checkpoint into MM shards.
+
+    Args:
+        cfg: Settings of the conversion.
+    """
+    from checkpoint import commands
+
+    _show(commands.hf_to_mm(cfg), cfg.mm_dir)
+
+
+def mm_to_hf(cfg: MmToHfConfig) -> None:
+    """Make a Hugging Face checkpoint of MM shards.
+
+    Args:
+        cfg: Settings of the conversion.
+    """
+    from checkpoint import commands
+
+    _show(commands.mm_to_hf(cfg), cfg.save_hf_dir)
+
+
+QWEN2VL: dict[str, str | Callable[..., Any]] = {
+    "_help": "Checkpoints of Qwen2-VL.",
+    "hf_to_mm": hf_to_mm,
+    "mm_to_hf": mm_to_hf,
+}
+
+
+def _show(summary: Summary, target: str) -> None:
+    for note in summary.notes:
+        print(note)
+    print(f"{target}: {summary}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `mm-convert`; the exit code is 0, or that of the error (see mindspeed_mm.errors)."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        CLI(
+            {"Qwen2VLConverter": QWEN2VL},
+            args=None if arguments is None else list(arguments),
+            prog="mm-convert",
+            description="Convert checkpoints between Hugging Face directories and MM shards.",
+        )
+    except MindSpeedMMError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
