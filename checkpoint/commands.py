@@ -127,8 +127,8 @@ def check_parallel(parallel: ParallelConfig, name: str = "cfg.parallel_config") 
         problems.append(f"ep_size = {parallel.ep_size}: Qwen2-VL has no experts; leave it at 1.")
     if parallel.vit_tp_size not in (0, parallel.tp_size or 1):
         problems.append(
-            f"vit_tp_size = {parallel.vit_tp_size} differs from tp_size = {parallel.tp_size or 1}: both towers are split "
-            "alike."
+            f"vit_tp_size = {parallel.vit_tp_size} differs from tp_size = {parallel.tp_size or 1}: both towers are "
+            "split alike."
         )
     if problems:
         raise ConfigError(name, problems)

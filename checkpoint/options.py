@@ -131,7 +131,7 @@ class MmToHfConfig:
         trust_remote_code: Accepted so that existing commands work; code in a checkpoint is never run.
         iteration: Iteration to read, or "release"; otherwise the one that the tracker file names.
         max_shard_size: Size of the weight files, e.g. 5GB; otherwise tensors are dealt out as in the reference.
-        vit_qkv_from_v2_3: MindSpeed-MM 2.2 or 2.3 converted the checkpoint; it left the vision qkv rows in another order.
+        vit_qkv_from_v2_3: MindSpeed-MM 2.2 or 2.3 converted the checkpoint; vision qkv rows are in another order.
         overwrite: Replace save_hf_dir if it holds something.
         workers: Threads that copy.
         check_hashes: Compare the source with its manifest.json first.

@@ -78,8 +78,8 @@ class MmStore:
             chunks = self.index(rank).chunks()
             if len(chunks) != self.plan.vp_size:
                 raise CheckpointError(
-                    f"{self.shard_path(rank)} holds {len(chunks)} virtual chunks; expected {self.plan.vp_size}. Give the "
-                    "stage lists that the checkpoint was written with."
+                    f"{self.shard_path(rank)} holds {len(chunks)} virtual chunks; expected {self.plan.vp_size}. Give "
+                    "the stage lists that the checkpoint was written with."
                 )
             self._chunks[rank] = chunks
         return self._chunks[rank][stage.vp_stage]

@@ -51,8 +51,8 @@ def index_safetensors(path: Path) -> SafetensorsIndex:
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if length > min(MAX_HEADER_BYTES, max(size - 8, 0)) or length < 2:
                 raise CheckpointError(
-                    f"{path} ({size:,} bytes) says that its header has {length:,} bytes; it is damaged or no safetensors "
-                    "file."
+                    f"{path} ({size:,} bytes) says that its header has {length:,} bytes; it is damaged or no "
+                    "safetensors file."
                 )
             text = file.read(length)
     except OSError as error:
@@ -75,8 +75,8 @@ def _parse(path: Path, text: bytes, *, data_start: int, size: int) -> Safetensor
     for name, (dtype, shape, begin, stop) in sorted(entries.items(), key=lambda item: (item[1][2], item[1][3])):
         if begin != end or stop - begin != prod(shape) * dtype.itemsize:
             raise CheckpointError(
-                f"{path}: {name} of shape {list(shape)} and dtype {dtype.name} takes bytes {begin:,} to {stop:,}; expected "
-                f"them to begin at {end:,} and to be {prod(shape) * dtype.itemsize:,}."
+                f"{path}: {name} of shape {list(shape)} and dtype {dtype.name} takes bytes {begin:,} to {stop:,}; "
+                f"expected them to begin at {end:,} and to be {prod(shape) * dtype.itemsize:,}."
             )
         tensors[name] = StoredTensor(path, dtype, shape, data_start + begin)
         end = stop

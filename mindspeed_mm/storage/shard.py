@@ -113,16 +113,10 @@ def _check_extent(
         is_contiguous &= extent <= 1 or step == expected or not size
         expected *= extent
     if not is_contiguous:
-        if True:
-            raise CheckpointError(
-                f"{path}: a tensor of shape {list(shape)} is stored with strides {list(stride)}; expected contiguous."
-            )
-        expected *= extent
-    if (
-        min((start, count, *shape), default=0) < 0
-        or start + prod(shape) > count
-        or count * dtype.itemsize > record.nbytes
-    ):
+        raise CheckpointError(
+            f"{path}: a tensor of shape {list(shape)} is stored with strides {list(stride)}; expected contiguous."
+        )
+    if min((start, count, *shape)) < 0 or start + size > count or count * dtype.itemsize > record.nbytes:
         raise CheckpointError(
             f"{path}: a tensor of shape {list(shape)} reaches out of its storage of {record.nbytes:,} bytes."
         )
