@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Mapping
 
 
@@ -33,6 +34,8 @@ def set_up_logging(environ: Mapping[str, str]) -> None:
     Args:
         environ: RANK and WORLD_SIZE as torchrun sets them.
     """
+    # What megatron-core warns of (no Apex, no Transformer Engine, its own deprecated fields) is by design here.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     handler.addFilter(_RankFilter(int(environ.get("RANK") or 0), int(environ.get("WORLD_SIZE") or 1)))

@@ -211,6 +211,7 @@ def gather_parameter_state(optimizer: MegatronOptimizer) -> dict[Any, Any] | Non
     return _inner(optimizer).get_parameter_state_dp_zero()
 
 
+@torch.no_grad()
 def scatter_parameter_state(optimizer: MegatronOptimizer, state: dict[Any, Any] | None) -> None:
     """Give every data-parallel rank its part of what `gather_parameter_state` collected."""
     _inner(optimizer).load_parameter_state_from_dp_zero(state)

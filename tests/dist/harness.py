@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_ranks(world_size: int, target: str, *args: Any, timeout_s: float = 600) -> list[Any]:
+def run_ranks(world_size: int, target: str, *args: Any, timeout_s: float = 300) -> list[Any]:
     """Call `target(*args)` on every rank of a job.
 
     Args:
