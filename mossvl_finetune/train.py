@@ -62,7 +62,7 @@ def train(argv: list[str] | None = None) -> Any:
         raise SetupError(f"{error}. DeepSpeed is an extra of this project: pip install deepspeed") from None
     set_seed(arguments.seed)
     processor, model = _load(model_arguments, data_arguments.video_backend, arguments)
-    dataset, collator = build_data(data_arguments, processor, vision_chunked_length=arguments.vision_chunked_length)
+    dataset, collator = build_data(data_arguments, processor, vision_chunked_length=_chunk_length(arguments))
     model = _choose_parameters(model, model_arguments, arguments)
     if arguments.gradient_checkpointing or getattr(arguments, "activation_checkpointing", False):
         # The model itself makes recomputation non-reentrant, whatever transformers asks for.
@@ -105,6 +105,17 @@ def _load(model: ModelArguments, video_backend: str, arguments: TrainingArgument
         trust_remote_code=model.trust_remote_code,
     )
     return processor, network
+
+
+def _chunk_length(arguments: TrainingArguments) -> int:
+    """`vision_chunked_length`, or 0 (the vision tower runs once) where ranks must run it equally often."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if not is_deepspeed_zero3_enabled() or arguments.vision_chunked_length <= 0:
+        return arguments.vision_chunked_length
+    logger.info("vision_chunked_length = %d is not used: ZeRO-3 needs equally many runs of the vision tower on all "
+                "ranks, so it runs once per batch", arguments.vision_chunked_length)  # fmt: skip
+    return 0
 
 
 def _choose_parameters(network: Any, model: ModelArguments, arguments: TrainingArguments) -> Any:

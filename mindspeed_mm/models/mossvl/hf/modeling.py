@@ -346,11 +346,10 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         """Mean cross entropy in float32 of every supervised token given the row before it."""
         targets = labels[:, 1:]
         rows = targets != -100
-        logits = self.lm_head(hidden[:, :-1][rows]).float()
-        if not logits.shape[0]:
-            # Every rank must run the head, also one whose samples have nothing to learn.
+        if not bool(rows.any()):
+            # Every rank runs the head once, also one whose samples have nothing to learn.
             return self.lm_head(hidden[:, :1]).float().sum() * 0
-        return nn.functional.cross_entropy(logits, targets[rows])
+        return nn.functional.cross_entropy(self.lm_head(hidden[:, :-1][rows]).float(), targets[rows])
 
 
 def _tokens(input_ids: Tensor | None, embeds: Tensor, pixel_values: Tensor | None) -> Tensor:

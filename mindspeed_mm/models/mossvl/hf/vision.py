@@ -22,18 +22,25 @@ from mindspeed_mm.ops.mrope import vision_cu_seqlens
 Grids = Sequence[tuple[int, int, int]]
 
 
+class MossVLPatchProjection(nn.Conv3d):
+    """A convolution whose kernel is its stride, computed as the linear map that it is."""
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[p, channels * temporal * patch^2] -> [p, h]."""
+        return nn.functional.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
 class MossVLVisionPatchEmbed(nn.Module):
-    """Linear map of a flattened patch, stored as a convolution whose kernel is its stride."""
+    """Flattened patches to the width of the tower."""
 
     def __init__(self, config: MossVLVisionConfig) -> None:
         super().__init__()
         kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel_size=kernel, stride=kernel)
+        self.proj = MossVLPatchProjection(config.in_channels, config.hidden_size, kernel_size=kernel, stride=kernel)
 
     def forward(self, patches: Tensor) -> Tensor:
         """[p, channels * temporal * patch^2] -> [p, h]."""
-        weight = self.proj.weight
-        return nn.functional.linear(patches.to(weight.dtype), weight.flatten(1), self.proj.bias)
+        return self.proj(patches)
 
 
 class MossVLVisionMLP(nn.Module):
@@ -196,13 +203,20 @@ class MossVLVisionModel(nn.Module):
         return self.merger([x, *deep])
 
     def _position_embeddings(self, grids: Grids) -> Tensor:
-        """[p, h]: the learned table interpolated to every frame's grid."""
-        table = self.pos_embed.weight
+        """[p, h]: the learned table interpolated to every frame's grid.
+
+        One lookup for all media: parameter-partitioning engines gather at every call of a module, so all ranks must
+        make equally many.
+        """
         side, merge_size = int(self.config.num_position_embeddings**0.5), self.config.spatial_merge_size
-        parts = []
-        for num_frames, height, width in grids:
-            indices, weights = position_corners(height, width, side)
-            corners = self.pos_embed(indices.to(table.device))
-            frame = (corners * weights[..., None].to(table)).sum(0)
-            parts.append(merge_block_order(frame, height, width, merge_size).repeat(num_frames, 1))
-        return torch.cat(parts)
+        corners = [position_corners(height, width, side) for _, height, width in grids]
+        device = self.pos_embed.weight.device
+        looked_up = self.pos_embed(torch.cat([indices for indices, _ in corners], dim=1).to(device))
+        weights = torch.cat([weight for _, weight in corners], dim=1).to(looked_up)
+        frames = (looked_up * weights[..., None]).sum(0).split([height * width for _, height, width in grids])
+        return torch.cat(
+            [
+                merge_block_order(frame, height, width, merge_size).repeat(num_frames, 1)
+                for frame, (num_frames, height, width) in zip(frames, grids, strict=True)
+            ]
+        )
