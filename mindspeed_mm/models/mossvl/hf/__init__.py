@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from mindspeed_mm.models.mossvl.hf.auto import register_auto_classes
 from mindspeed_mm.models.mossvl.hf.configuration import MossVLConfig, MossVLTextConfig, MossVLVisionConfig
-from mindspeed_mm.models.mossvl.hf.image_processing import MossVLImageProcessorFast
+from mindspeed_mm.models.mossvl.hf.image_processing import MossVLImageProcessor, MossVLImageProcessorFast
 from mindspeed_mm.models.mossvl.hf.modeling import MossVLForConditionalGeneration, MossVLModel
 from mindspeed_mm.models.mossvl.hf.processing import MossVLProcessor
 from mindspeed_mm.models.mossvl.hf.video_processing import MossVLVideoProcessor
@@ -16,6 +16,7 @@ from mindspeed_mm.models.mossvl.hf.video_processing import MossVLVideoProcessor
 __all__ = [
     "MossVLConfig",
     "MossVLForConditionalGeneration",
+    "MossVLImageProcessor",
     "MossVLImageProcessorFast",
     "MossVLModel",
     "MossVLProcessor",

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from mindspeed_mm.models.mossvl.hf.configuration import MossVLConfig, MossVLTextConfig, MossVLVisionConfig
-from mindspeed_mm.models.mossvl.hf.image_processing import MossVLImageProcessorFast
+from mindspeed_mm.models.mossvl.hf.image_processing import MossVLImageProcessor, MossVLImageProcessorFast
 from mindspeed_mm.models.mossvl.hf.modeling import MossVLForConditionalGeneration
 from mindspeed_mm.models.mossvl.hf.processing import MossVLProcessor
 from mindspeed_mm.models.mossvl.hf.video_processing import MossVLVideoProcessor
@@ -38,7 +38,7 @@ def register_auto_classes() -> None:
 def _register_image_processor() -> None:
     """transformers 5 keeps one slot per backend and picks by what is installed; 4.57 keeps a slow and a fast one, the
     latter only for subclasses of its torchvision class."""
-    slots: dict[str, Any] = {"slow_image_processor_class": MossVLImageProcessorFast}
+    slots: dict[str, Any] = {"slow_image_processor_class": MossVLImageProcessor}
     if "image_processor_classes" in inspect.signature(AutoImageProcessor.register).parameters:
         slots["fast_image_processor_class"] = MossVLImageProcessorFast
     AutoImageProcessor.register(MossVLConfig, **slots, exist_ok=True)

@@ -17,8 +17,8 @@ from mindspeed_mm.models.mossvl.pixels import image_sizes, patchify, resize
 PictureInput = Image.Image | np.ndarray | Tensor
 
 
-class MossVLImageProcessorFast(BaseImageProcessor):
-    """Pictures to normalised patches. The name is the one that published processor files carry.
+class MossVLImageProcessor(BaseImageProcessor):
+    """Pictures to normalised patches.
 
     Args:
         size: `shortest_edge` and `longest_edge`, least and most pixels of a picture.
@@ -91,6 +91,14 @@ class MossVLImageProcessorFast(BaseImageProcessor):
         ]
         grids = [[1, height // self.patch_size, width // self.patch_size] for height, width in sizes]
         return BatchFeature({"pixel_values": torch.cat(patches), "image_grid_thw": torch.tensor(grids)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the checkpoint's file holds, under the name that published files carry."""
+        return {**super().to_dict(), "image_processor_type": MossVLImageProcessorFast.__name__}
+
+
+class MossVLImageProcessorFast(MossVLImageProcessor):
+    """The same under its published name: transformers 4.57 looks for either, depending on what is installed."""
 
 
 def to_pixels(image: PictureInput) -> Tensor:
