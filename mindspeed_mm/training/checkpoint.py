@@ -214,7 +214,14 @@ def gather_parameter_state(optimizer: MegatronOptimizer) -> dict[Any, Any] | Non
 @torch.no_grad()
 def scatter_parameter_state(optimizer: MegatronOptimizer, state: dict[Any, Any] | None) -> None:
     """Give every data-parallel rank its part of what `gather_parameter_state` collected."""
-    _inner(optimizer).load_parameter_state_from_dp_zero(state)
+    inner = _inner(optimizer)
+    # Megatron copies every tensor of the optimizer's state from the file and knows no `step` there; torch's Adam has
+    # one, which load_state_dict has set already; one tensor for all parameters, which every update would count up once
+    # for each.
+    steps = {parameter: entry.pop("step") for parameter, entry in inner.optimizer.state.items() if "step" in entry}
+    inner.load_parameter_state_from_dp_zero(state)
+    for parameter, step in steps.items():
+        inner.optimizer.state[parameter]["step"] = step.clone()
 
 
 def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
