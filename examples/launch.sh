@@ -27,7 +27,7 @@ count_devices() {  # accelerators of kind $1 on this machine; nothing for cpu, w
     esac
 }
 
-set_device_environment() {
+set_device_environment() {  # the rest (HCCL_CONNECT_TIMEOUT and the like) has its defaults in mindspeed_mm/platform
     export CUDA_DEVICE_MAX_CONNECTIONS=1
     export MM_DEVICE="$DEVICE"
     if [[ "$DEVICE" != npu ]]; then return; fi
@@ -38,15 +38,6 @@ set_device_environment() {
         source "$setup"
         set -u
     fi
-    export ASCEND_SLOG_PRINT_TO_STDOUT="${ASCEND_SLOG_PRINT_TO_STDOUT:-0}"
-    export ASCEND_GLOBAL_LOG_LEVEL="${ASCEND_GLOBAL_LOG_LEVEL:-3}"
-    export TASK_QUEUE_ENABLE="${TASK_QUEUE_ENABLE:-2}"
-    export COMBINED_ENABLE="${COMBINED_ENABLE:-1}"
-    export CPU_AFFINITY_CONF="${CPU_AFFINITY_CONF:-1}"
-    export HCCL_CONNECT_TIMEOUT="${HCCL_CONNECT_TIMEOUT:-1200}"
-    export NPU_ASD_ENABLE="${NPU_ASD_ENABLE:-0}"
-    export ASCEND_LAUNCH_BLOCKING="${ASCEND_LAUNCH_BLOCKING:-0}"
-    export ACLNN_CACHE_LIMIT="${ACLNN_CACHE_LIMIT:-100000}"
 }
 
 read_hostfile() {  # the first word of every line that is neither empty nor a comment; a missing last newline loses nothing

@@ -2,6 +2,7 @@
 # Set up the Python environment of this repository; done already, it returns at once.
 #   bash tools/setup_env.sh          makes .venv with the pinned CPU packages and the project itself
 # MM_VENV=DIR      another place for the environment (default: .venv in the repository)
+# MM_VENV=active   install nothing and take the `python` on PATH with what it has: for machines with their own torch
 # MM_PYTHON=PROG   the Python to make it with (default: the first of python3, python3.12, python3.11 that is 3.11 or 3.12)
 # The last line on standard output is the environment's directory; everything else goes to standard error.
 set -euo pipefail
@@ -39,6 +40,11 @@ if [[ -x "$VENV/bin/python" && -f "$STAMP" && "$(cat "$STAMP")" == "$(fingerprin
     exit 0
 fi
 
+if [[ "$VENV" == active ]]; then
+    python -c 'import sys; print(sys.prefix)'
+    exit 0
+fi
+
 start=$SECONDS
 if [[ ! -x "$VENV/bin/python" ]]; then
     python="$(find_python)"
@@ -55,7 +61,7 @@ elif ! is_supported "$VENV/bin/python"; then
 fi
 
 pip=("$VENV/bin/python" -m pip --disable-pip-version-check install --quiet --constraint "$CONSTRAINTS")
-say "installing the pinned packages (a first run downloads about 400 MB)"
+say "installing the pinned packages (a first run downloads a few hundred MB)"
 "${pip[@]}" setuptools >&2
 # Without build isolation the project is built by the setuptools pinned above, and nothing else is downloaded for it.
 "${pip[@]}" --no-build-isolation --editable "$ROOT[test,video]" >&2
