@@ -25,7 +25,7 @@ from mindspeed_mm.models.mossvl.expansion import (
     media_order,
     supervised_labels,
 )
-from mindspeed_mm.models.mossvl.hf.image_processing import MossVLImageProcessorFast, PictureInput
+from mindspeed_mm.models.mossvl.hf.image_processing import MossVLImageProcessor, MossVLImageProcessorFast, PictureInput
 from mindspeed_mm.models.mossvl.hf.video_processing import MossVLVideoProcessor, VideoEntry
 from mindspeed_mm.models.mossvl.layout import VisionLayout
 from mindspeed_mm.models.mossvl.visibility import masked_frames
@@ -49,7 +49,7 @@ class MossVLProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        image_processor: MossVLImageProcessorFast | None = None,
+        image_processor: MossVLImageProcessor | None = None,
         tokenizer: Any = None,
         video_processor: MossVLVideoProcessor | None = None,
         chat_template: str | None = None,
@@ -74,7 +74,7 @@ class MossVLProcessor(ProcessorMixin):
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> None:
         """transformers' own check asks for classes that need torchvision."""
         expected: dict[str, type] = {
-            "image_processor": MossVLImageProcessorFast,
+            "image_processor": MossVLImageProcessor,
             "video_processor": MossVLVideoProcessor,
         }
         if argument_name in expected and not isinstance(argument, expected[argument_name]):
