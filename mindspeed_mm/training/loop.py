@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,11 +17,12 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from mindspeed_mm.errors import NumericError
+from mindspeed_mm.errors import InterruptedRunError, NumericError
 from mindspeed_mm.training.checkpoint import Trainee, TrainState, save_checkpoint
 from mindspeed_mm.training.metrics import IterationMetrics, Reporter
 from mindspeed_mm.training.optimizer import current_learning_rate
 from mindspeed_mm.training.step import StepResult, forward_step, loss_kind, summarise
+from mindspeed_mm.training.stop import StopRequests
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
@@ -70,11 +72,27 @@ class Trainer:
 
         Raises:
             NumericError: the gradient norm is not finite (unless the check is switched off).
+            InterruptedRunError: a signal asked for the end; the position was saved where there is a place for it.
         """
         training, checkpoint = self.run.training, self.run.checkpoint
         connect_schedule(self.models, self.optimizer, overlaps_gather=self.run.optimizer.overlap_param_gather)
+        requests = StopRequests(self.platform.device, training.exit_duration_in_mins)
+        with requests.listening() if training.exit_signal_handler else nullcontext():
+            saved_at, reason = self._loop(requests)
+        if checkpoint.save and saved_at != self.state.iteration:
+            self.save()
+        if reason is not None and reason.startswith("signal"):
+            saved = f"saved to {checkpoint.save}" if checkpoint.save else "not saved: there is no --save"
+            raise InterruptedRunError(f"stopped by {reason} after iteration {self.state.iteration}, {saved}.")
+        if self.validation is not None and self.state.iteration % training.eval_interval != 0:
+            self.evaluate(f"iteration {self.state.iteration} on validation set")
+
+    def _loop(self, requests: StopRequests) -> tuple[int, str | None]:
+        """Iterate until the end or a reason to stop; the iteration of the last save, and the reason."""
+        training, checkpoint = self.run.training, self.run.checkpoint
+        listens = training.exit_signal_handler or training.exit_duration_in_mins is not None
         iterators = self.relay.iterators()
-        saved_at = self.state.iteration
+        saved_at, reason = self.state.iteration, None
         # Full collections walk every autograd node; Megatron's multimodal entry point uses the same thresholds.
         gc.set_threshold(700, 10, 1000)
         while self.state.iteration < training.train_iters:
@@ -85,12 +103,13 @@ class Trainer:
                 self.save()
                 saved_at = self.state.iteration
             if training.exit_interval and self.state.iteration % training.exit_interval == 0:
-                logger.info("exiting at iteration %d, a multiple of --exit-interval", self.state.iteration)
+                reason = "--exit-interval"
+            elif listens:
+                reason = requests.agreed()
+            if reason is not None:
+                logger.info("exiting at iteration %d: %s", self.state.iteration, reason)
                 break
-        if checkpoint.save and saved_at != self.state.iteration:
-            self.save()
-        if self.validation is not None and self.state.iteration % training.eval_interval != 0:
-            self.evaluate(f"iteration {self.state.iteration} on validation set")
+        return saved_at, reason
 
     def save(self) -> None:
         """Write a training save at the present position."""
