@@ -3,14 +3,16 @@
     python tools/bench_train.py [--seq 1024 2048] [--dtype fp32 bf16] [--device cpu] [--repeats 5] [--json FILE]
 
 Both sides train every weight with AdamW (fused) and gradient clipping on one process. Iterations of the two sides
-alternate, so a change of the machine's speed meets both; the ratio is the median over the pairs. transformers runs with
-its default attention (SDPA). In bf16 ours keeps fp32 master weights and gradients, as Megatron does; transformers
-updates bf16 weights directly.
+alternate, so a change of the machine's speed meets both; the ratio is the median over the pairs. transformers runs
+under torch's default precision of fp32 products unless --same-precision is given; ours under the one that the start-up
+check chose. transformers runs with its default attention (SDPA). In bf16 ours keeps fp32 master weights and gradients,
+as Megatron does; transformers updates bf16 weights directly.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import statistics
 import sys
@@ -53,12 +55,22 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=None, help="torch threads")
+    parser.add_argument(
+        "--same-precision",
+        action="store_true",
+        help="give transformers the matmul precision that our start-up check chose, not torch's default",
+    )
     parser.add_argument("--json", type=Path, default=None, help="also write the rows here")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    plain_precision = torch.get_float32_matmul_precision()
     platform = choose_platform(args.device)
     activate(platform)
+    precision = {"ours": torch.get_float32_matmul_precision(), "theirs": plain_precision}
+    if args.same_precision:
+        precision["theirs"] = precision["ours"]
+    print(f"fp32 products: ours {precision['ours']}, transformers {precision['theirs']}")
     init_process_group(platform, RuntimeConfig())
     rows = []
     with TemporaryDirectory() as folder:
@@ -68,7 +80,7 @@ def main() -> None:
         print("dtype    seq   ours tok/s  transformers tok/s  ratio (median of pairs)  smallest  largest")
         for dtype in args.dtype:
             for seq in args.seq:
-                row = compare(directory, dtype, seq, args.samples, args.repeats, platform)
+                row = compare(directory, dtype, seq, args.samples, args.repeats, platform, precision)
                 rows.append(row)
                 print(
                     f"{dtype:5} {seq:6d} {row['ours']:12.0f} {row['transformers']:19.0f} {row['ratio']:24.2f}"
@@ -80,7 +92,9 @@ def main() -> None:
         args.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
-def compare(directory: Path, dtype: str, seq: int, samples: int, repeats: int, platform: Any) -> dict[str, Any]:
+def compare(
+    directory: Path, dtype: str, seq: int, samples: int, repeats: int, platform: Any, precision: dict[str, str]
+) -> dict[str, Any]:
     """Tokens per second of both sides and the ratios of paired iterations."""
     config = json.loads((directory / "config.json").read_text())
     inputs = make_inputs(config, seq, samples)
@@ -89,6 +103,7 @@ def compare(directory: Path, dtype: str, seq: int, samples: int, repeats: int, p
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
     for repeat in range(repeats + 2):
         for name, step in (("ours", ours), ("theirs", theirs)):
+            torch.set_float32_matmul_precision(precision[name])
             platform.synchronize()
             started = time.perf_counter()
             step()
@@ -225,7 +240,7 @@ def transformers_step(
         "image_grid_thw": inputs["grids"].to(platform.device),
         "use_cache": False,
     }
-    if "mm_token_type_ids" in model.forward.__code__.co_varnames:
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         kwargs["mm_token_type_ids"] = (ids == config["image_token_id"]).int()
 
     def step() -> None:

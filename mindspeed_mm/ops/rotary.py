@@ -29,7 +29,8 @@ def mrope_tables(
         theta: base of the frequencies.
         dtype: of the result; the angles are computed in float32.
     Returns:
-        Two [s, 1, d/2] tensors. Frequency i of section j uses row j of the positions.
+        Two [s, d] tensors, the second half of d repeating the first. Frequency i of section j uses row j of the
+        positions.
     Source: Qwen2-VL (arXiv 2409.12191), section 2.1; equal to transformers' apply_multimodal_rotary_pos_emb.
     """
     half = sum(sections)
@@ -40,7 +41,7 @@ def mrope_tables(
         output_size=half,
     )
     angles = position_ids.to(torch.float32)[row_of].t() * frequencies
-    return angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]
+    return _doubled(angles.cos().to(dtype)), _doubled(angles.sin().to(dtype))
 
 
 def vision_tables(position_ids: Tensor, head_size: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
@@ -50,11 +51,15 @@ def vision_tables(position_ids: Tensor, head_size: int, theta: float = 10000.0) 
         position_ids: [p, 2] int64, height and width index of every patch.
         head_size: d; a quarter of it is the number of frequencies per axis.
     Returns:
-        Two [p, 1, d/2] float32 tensors: height angles, then width angles.
+        Two [p, d] float32 tensors: height angles, then width angles, then both again.
     """
     frequencies = inverse_frequencies(head_size // 2, theta, device=position_ids.device)
     angles = (position_ids.to(torch.float32)[:, :, None] * frequencies).flatten(1)
-    return angles.cos()[:, None], angles.sin()[:, None]
+    return _doubled(angles.cos()), _doubled(angles.sin())
+
+
+def _doubled(table: Tensor) -> Tensor:
+    return torch.cat([table, table], dim=-1)
 
 
 class _RotateHalf(torch.autograd.Function):
@@ -72,13 +77,12 @@ class _RotateHalf(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    # Written into one output: half the memory passes of cat((-x2, x1)) * sin + x * cos.
-    wide = x.to(cos.dtype)
-    out = torch.empty(x.shape, dtype=cos.dtype, device=x.device)
-    half = x.shape[-1] // 2
-    first, second = wide[..., :half], wide[..., half:]
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-sign)
-    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin, value=sign)
+    # Three passes; the usual x * cos + cat((-x2, x1)) * sin makes five.
+    wide, half = x.to(cos.dtype), x.shape[-1] // 2
+    out = wide * cos[:, None]
+    sin = sin[:, None, :half]
+    out[..., :half].addcmul_(wide[..., half:], sin, value=-sign)
+    out[..., half:].addcmul_(wide[..., :half], sin, value=sign)
     return out.to(x.dtype)
 
 
@@ -87,7 +91,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: [s, n, d].
-        cos, sin: [s, 1, d/2]; the arithmetic is done in their dtype (float32 in the vision tower).
+        cos, sin: [s, d], halves equal; the arithmetic is done in their dtype (float32 in the vision tower).
     Returns:
         [s, n, d] in the dtype of x.
     """

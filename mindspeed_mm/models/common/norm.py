@@ -7,35 +7,43 @@ torch's default device, which the chunk builder sets.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from mindspeed_mm.models.common.kernels import Kernels
+
+NormFunction = Callable[[Tensor, Tensor, float], Tensor]
+
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, statistics in float32, in the order of transformers' Qwen2RMSNorm.
+    """x / rms(x) * weight, statistics in float32.
 
     Args:
         config: gives the dtype of the weight and whether sequence parallelism is on.
         hidden_size: h, the last dim of the input.
         eps: added to the mean square.
+        function: (x, weight, eps) -> normalised x.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, *, function: NormFunction, **_: Any
+    ) -> None:
         super().__init__()
         self.eps = eps
+        self.function = function
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         _mark([self.weight], config)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-        return self.weight * F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype)
+        return self.function(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -52,7 +60,11 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
 
 
-NORMS: dict[str, type[nn.Module]] = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
+def norm_spec(normalization: str, kernels: Kernels) -> ModuleSpec:
+    """The spec of the norm that a model names, "RMSNorm" or "LayerNorm"."""
+    if normalization == "RMSNorm":
+        return ModuleSpec(module=RMSNorm, params={"function": kernels.rms_norm})
+    return ModuleSpec(module=LayerNorm)
 
 
 def _mark(parameters: list[nn.Parameter], config: TransformerConfig) -> None:

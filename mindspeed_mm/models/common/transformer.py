@@ -20,11 +20,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from mindspeed_mm.models.common.attention import CoreAttention
-from mindspeed_mm.models.common.norm import NORMS
+from mindspeed_mm.models.common.norm import norm_spec
 
 if TYPE_CHECKING:
     from mindspeed_mm.config import ParallelConfig, TrainingConfig
-    from mindspeed_mm.ops.attention import AttentionBackend
+    from mindspeed_mm.models.common.kernels import Kernels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -95,12 +95,29 @@ def mlp_submodules() -> MLPSubmodules:
     return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
 
+def _mlp(config: TransformerConfig, kernels: Kernels) -> ModuleSpec | type[MLP]:
+    """The stock MLP; with SwiGLU, one that calls the platform's kernel for it."""
+    if not (config.gated_linear_unit and config.activation_func is F.silu):
+        return ModuleSpec(module=MLP, submodules=mlp_submodules())
+
+    # A class and not a spec of one: given a spec of a class that it does not know, megatron warns in every layer.
+    class SwigluMLP(MLP):
+        def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
+            super().__init__(config, mlp_submodules(), **kwargs)
+
+        def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
+            both, bias = self.linear_fc1(hidden_states)
+            return self.linear_fc2(kernels.swiglu(both if bias is None else both + bias))
+
+    return SwigluMLP
+
+
 def build_block(
     config: TransformerConfig,
     layers: range,
     *,
     normalization: str,
-    backend: AttentionBackend,
+    kernels: Kernels,
     has_final_norm: bool,
 ) -> TransformerBlock:
     """The transformer layers that one stage holds of one tower.
@@ -109,10 +126,10 @@ def build_block(
         config: of the tower.
         layers: global numbers, from 0.
         normalization: "RMSNorm" or "LayerNorm".
-        backend: attention function of the platform.
+        kernels: fused operations of the platform.
         has_final_norm: whether the norm after the last layer lives here.
     """
-    norm = NORMS[normalization]
+    norm = norm_spec(normalization, kernels)
     layer = ModuleSpec(
         module=StageLayer,
         params={"first_layer": layers.start},
@@ -124,13 +141,13 @@ def build_block(
                 params={"attn_mask_type": AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=partial(CoreAttention, backend=backend),
+                    core_attention=partial(CoreAttention, kernels=kernels),
                     linear_proj=RowParallelLinear,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=MLP, submodules=mlp_submodules()),
+            mlp=_mlp(config, kernels),
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -9,7 +9,7 @@ from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from mindspeed_mm.models.common.attention import attention_backend
+from mindspeed_mm.models.common.kernels import choose_kernels
 from mindspeed_mm.models.common.transformer import DTYPES
 from mindspeed_mm.models.qwen2vl.text import TextDecoder, text_config
 from mindspeed_mm.models.qwen2vl.vision import ImageEncoder
@@ -74,15 +74,15 @@ class Qwen2VLChunk(MegatronModule):
         self._received: Tensor | None = None
         self.image_encoder: ImageEncoder | None = None
         self.text_decoder: TextDecoder | None = None
-        backend = attention_backend(platform)
+        kernels = choose_kernels(platform)
         if model.image_encoder is not None and (stage.vision or Part.PROJECTOR in stage.parts):
             self.image_encoder = ImageEncoder(
-                model.image_encoder, stage, parallel, training, backend, initialize=initialize
+                model.image_encoder, stage, parallel, training, kernels, initialize=initialize
             )
         if stage.text:
             text = model.text_decoder
             self.text_decoder = TextDecoder(
-                text, stage, parallel, training, backend, is_tied=plan.is_tied, initialize=initialize
+                text, stage, parallel, training, kernels, is_tied=plan.is_tied, initialize=initialize
             )
             self.text_decoder.requires_grad_(not text.freeze)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from mindspeed_mm.config import ParallelConfig, TextDecoderConfig, TrainingConfig
-    from mindspeed_mm.ops.attention import AttentionBackend
+    from mindspeed_mm.models.common.kernels import Kernels
 
 LOGITS_BYTES = 2 << 30
 """Float32 logits above this size are computed in chunks that are recomputed in the backward pass."""
@@ -81,7 +81,7 @@ class TextDecoder(nn.Module):
         text: settings of the decoder.
         stage: which layers and parts live here.
         is_tied: the output head uses the embedding's weight (as a copy when the embedding lives on another stage).
-        backend: attention function of the platform.
+        kernels: fused operations of the platform.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class TextDecoder(nn.Module):
         stage: Stage,
         parallel: ParallelConfig,
         training: TrainingConfig,
-        backend: AttentionBackend,
+        kernels: Kernels,
         *,
         is_tied: bool,
         initialize: bool,
@@ -105,7 +105,7 @@ class TextDecoder(nn.Module):
             config,
             stage.text,
             normalization=text.normalization,
-            backend=backend,
+            kernels=kernels,
             has_final_norm=Part.FINAL_NORM in stage.parts,
         )
         self.output_layer = None

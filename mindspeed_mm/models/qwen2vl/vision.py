@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 
 from mindspeed_mm.models.common.attention import RowLayout
-from mindspeed_mm.models.common.norm import NORMS
+from mindspeed_mm.models.common.norm import norm_spec
 from mindspeed_mm.models.common.transformer import ACTIVATIONS, build_block, mlp_submodules, tower_config
 from mindspeed_mm.ops.mrope import vision_cu_seqlens, vision_position_ids
 from mindspeed_mm.ops.rotary import vision_tables
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
         VisionEncoderConfig,
         VisionProjectorConfig,
     )
-    from mindspeed_mm.ops.attention import AttentionBackend
+    from mindspeed_mm.models.common.kernels import Kernels
 
 
 class PatchEmbed(nn.Module):
@@ -52,7 +53,7 @@ class VisionTower(nn.Module):
     Args:
         vision: settings of the tower.
         stage: which layers and parts live here.
-        backend: attention function of the platform.
+        kernels: fused operations of the platform.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class VisionTower(nn.Module):
         stage: Stage,
         parallel: ParallelConfig,
         training: TrainingConfig,
-        backend: AttentionBackend,
+        kernels: Kernels,
         *,
         initialize: bool,
     ) -> None:
@@ -84,7 +85,7 @@ class VisionTower(nn.Module):
         )
         self.patch_embed = PatchEmbed(vision, config.params_dtype) if Part.PATCH_EMBED in stage.parts else None
         self.blocks = build_block(
-            config, stage.vision, normalization=vision.normalization, backend=backend, has_final_norm=False
+            config, stage.vision, normalization=vision.normalization, kernels=kernels, has_final_norm=False
         )
         self.merge_size = vision.spatial_merge_size
         self.head_size = vision.head_size
@@ -118,6 +119,7 @@ class Projector(nn.Module):
         merge_size: int,
         parallel: ParallelConfig,
         training: TrainingConfig,
+        kernels: Kernels,
         *,
         initialize: bool,
     ) -> None:
@@ -134,11 +136,11 @@ class Projector(nn.Module):
             add_bias_linear=projector.add_bias_linear,
             initialize=initialize,
         )
-        self.layernorm = NORMS[projector.normalization](config, projector.input_size, projector.layernorm_epsilon)
-        self.merged_size = projector.input_size * merge_size**2
-        self.encoder = MLP(
-            config, mlp_submodules(), input_size=self.merged_size, ffn_hidden_size=projector.ffn_hidden_size
+        self.layernorm = build_module(
+            norm_spec(projector.normalization, kernels), config, projector.input_size, projector.layernorm_epsilon
         )
+        self.merged_size = projector.input_size * merge_size**2
+        self.encoder = MLP(config, mlp_submodules(), input_size=self.merged_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[p/merge^2, 1, h] of vision states [p, 1, e]; patches of one merge block are neighbours."""
@@ -156,17 +158,19 @@ class ImageEncoder(nn.Module):
         stage: Stage,
         parallel: ParallelConfig,
         training: TrainingConfig,
-        backend: AttentionBackend,
+        kernels: Kernels,
         *,
         initialize: bool,
     ) -> None:
         super().__init__()
         vision, projector = image.vision_encoder, image.vision_projector
-        self.encoder = VisionTower(vision, stage, parallel, training, backend, initialize=initialize)
+        self.encoder = VisionTower(vision, stage, parallel, training, kernels, initialize=initialize)
         self.encoder.requires_grad_(not vision.freeze)
         self.projector = None
         if Part.PROJECTOR in stage.parts:
-            self.projector = Projector(projector, vision.spatial_merge_size, parallel, training, initialize=initialize)
+            self.projector = Projector(
+                projector, vision.spatial_merge_size, parallel, training, kernels, initialize=initialize
+            )
             self.projector.requires_grad_(not projector.freeze)
 
     def forward(self, hidden: Tensor | None, pixel_values: Tensor | None, grid_thw: Tensor) -> Tensor:
