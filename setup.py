@@ -8,7 +8,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 REQUIRES = [
-    "torch>=2.1",
+    "torch>=2.4",
     "megatron-core>=0.12.1,<0.17",
     "transformers>=4.57,<6",
     "safetensors>=0.4.3",
@@ -27,6 +27,7 @@ EXTRAS = {
     "video": ["av>=12"],
     "npu": ["torch_npu>=2.1"],
     "lora": ["peft>=0.12"],
+    "mossvl": ["accelerate>=1.1", "peft>=0.12", "av>=12"],
     "logging": ["tensorboard>=2.14", "wandb>=0.16", "swanlab>=0.3"],
     "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.11", "mypy>=1.15"],
 }
@@ -38,7 +39,7 @@ setup(
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11,<3.13",
-    packages=find_packages(include=["mindspeed_mm", "mindspeed_mm.*", "checkpoint", "checkpoint.*"]),
+    packages=find_packages(include=["mindspeed_mm*", "checkpoint*", "mossvl_finetune*"]),
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["mm-convert=checkpoint.convert_cli:main"]},

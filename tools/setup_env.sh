@@ -64,7 +64,7 @@ pip=("$VENV/bin/python" -m pip --disable-pip-version-check install --quiet --con
 say "installing the pinned packages (a first run downloads a few hundred MB)"
 "${pip[@]}" setuptools >&2
 # Without build isolation the project is built by the setuptools pinned above, and nothing else is downloaded for it.
-"${pip[@]}" --no-build-isolation --editable "$ROOT[test,video]" >&2
+"${pip[@]}" --no-build-isolation --editable "$ROOT[test,video,lora,mossvl]" >&2
 fingerprint >"$STAMP"
 say "ready after $((SECONDS - start)) s"
 echo "$VENV"
