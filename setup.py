@@ -15,6 +15,7 @@ REQUIRES = [
     "tokenizers>=0.20",
     "pydantic>=2.7,<3",
     "jsonargparse>=4.32",
+    "docstring_parser>=0.15",  # without it the help of mm-convert has no texts
     "numpy>=1.26",
     "packaging>=23",
     "pillow>=10",
@@ -29,7 +30,14 @@ EXTRAS = {
     "lora": ["peft>=0.12"],
     "mossvl": ["accelerate>=1.1", "peft>=0.12", "av>=12"],
     "logging": ["tensorboard>=2.14", "wandb>=0.16", "swanlab>=0.3"],
-    "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.11", "mypy>=1.15"],
+    "test": [
+        "pytest>=8",
+        "hypothesis>=6.100",
+        "ruff>=0.11",
+        "mypy>=1.15",
+        'decord>=0.6; platform_machine == "x86_64" and sys_platform == "linux"',
+        "ruamel.yaml>=0.18",
+    ],
 }
 
 setup(
