@@ -78,7 +78,7 @@ def write_model_json(hf_dir: str | Path, output: str | Path, **options: Any) -> 
     return output
 
 
-def chosen_lists(hf_config: Mapping[str, Any], pp_size: int, vp_size: int, **freezes: bool) -> tuple[Any, Any]:
+def chosen_lists(hf_config: Mapping[str, Any], pp_size: int, vp_size: int, **freezes: Any) -> tuple[Any, Any]:
     """The vision and text lists that "auto" chooses; flat without virtual chunks."""
     model = parse_settings(Qwen2VLConfig, model_json_from_hf(hf_config, **freezes), where="config.json")
     parallel = ParallelConfig(pp_size=pp_size, vp_size=vp_size, world_size=pp_size)
