@@ -1,8 +1,8 @@
 """The named errors of the project and the exit code each one ends a program with.
 
-An error text says where, what was found, what was expected, and what to do. Exit codes are part of the command-line contract:
-0 done, 2 arguments or configuration, 11 environment, 12 data, 13 no usable checkpoint, 14 a peer was lost or hung,
-15 stopped by a numeric guard, 18 stopped by a signal after saving, 19 no space.
+An error text says where, what was found, what was expected, and what to do. Exit codes are part of the command-line
+contract: 0 done, 2 arguments or configuration, 11 environment, 12 data, 13 no usable checkpoint, 14 a peer was lost or
+hung, 15 stopped by a numeric guard, 18 stopped by a signal after saving, 19 no space.
 """
 
 from __future__ import annotations
