@@ -1,5 +1,5 @@
 # Everything runs in the environment that tools/setup_env.sh makes.
-.PHONY: checks format lint types test slow lattice setup
+.PHONY: checks format lint types test slow lattice setup transformers457 deepspeed
 
 VENV := $(or $(MM_VENV),.venv)
 
@@ -27,3 +27,11 @@ slow:
 
 lattice:
 	bash tests/run.sh -m lattice -s
+
+# The MOSS-VL tests on the older transformers line.
+transformers457:
+	bash tools/run_transformers457.sh
+
+# MOSS-VL under ZeRO-2 and ZeRO-3 on two CPU processes.
+deepspeed:
+	bash tools/run_deepspeed.sh
