@@ -97,8 +97,6 @@ class TrainingConfig(Settings):
     """Save and stop on SIGTERM or SIGINT."""
     variable_seq_lengths: bool = False
     """Micro-batches differ in length; always so here, the flag has no effect."""
-    attention_backend: str | None = None
-    """Attention implementation; the platform's best when not given."""
 
     @property
     def params_dtype(self) -> ParamsDtype:

@@ -18,6 +18,7 @@ from mindspeed_mm.plan.dry_run import render_dry_run
 from mindspeed_mm.tasks.logs import set_up_logging
 
 if TYPE_CHECKING:
+    from mindspeed_mm.platform.base import Platform
     from mindspeed_mm.platform.groups import Groups
     from mindspeed_mm.training.loop import Trainer
 
@@ -56,10 +57,28 @@ def check_supported(run: RunConfig) -> None:
         problems.append("--context-parallel-size > 1: context parallelism is not available yet.")
     if run.parallel.sequence_parallel and run.parallel.tp_size > 1:
         problems.append("--sequence-parallel: not available yet; drop the flag (tensor parallelism works without it).")
+    if run.tool.profile.enable or run.tool.memory_profile.enable:
+        problems.append(
+            "--mm-tool: profiling is not available yet; set `enable` of profile and memory_profile to false."
+        )
     if run.checkpoint.ckpt_format != "torch" and run.checkpoint.save and not run.runtime.dry_run:
         problems.append("--ckpt-format torch_dist: not available yet; use --ckpt-format torch.")
     if problems:
         raise ConfigError("command line", problems)
+
+
+def check_precision(run: RunConfig, platform: Platform) -> None:
+    """Refuse precisions that the device cannot train in.
+
+    Raises:
+        ConfigError: fp16 without an accelerator, or bf16 where the device lacks it.
+    """
+    if run.training.fp16 and platform.name == "cpu":
+        raise ConfigError("command line", "--fp16: products in float16 are unusable on a CPU; use --bf16 or neither.")
+    if run.training.bf16 and not platform.supports_bf16:
+        raise ConfigError(
+            "command line", f"--bf16: this {platform.name} device has no bfloat16; use --fp16 or neither."
+        )
 
 
 def train(run: RunConfig, plan: StagePlan) -> None:
@@ -69,6 +88,9 @@ def train(run: RunConfig, plan: StagePlan) -> None:
 
     platform = choose_platform(run.runtime.device)
     activate(platform)
+    check_precision(run, platform)
+    if run.training.use_deter_comp:
+        platform.enable_determinism()
     # Only now: these modules import megatron-core, which binds device names at import.
     from mindspeed_mm.training.setup import build_trainer
 

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,10 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from mindspeed_mm.errors import InterruptedRunError, NumericError
+from mindspeed_mm.plan.flops import SampleShape, training_flops
 from mindspeed_mm.training.checkpoint import Trainee, TrainState, save_checkpoint
 from mindspeed_mm.training.metrics import IterationMetrics, Reporter
+from mindspeed_mm.training.norms import parameters_norm
 from mindspeed_mm.training.optimizer import current_learning_rate
 from mindspeed_mm.training.step import StepResult, forward_step, loss_kind, summarise
 from mindspeed_mm.training.stop import StopRequests
@@ -137,10 +139,13 @@ class Trainer:
         self.state.iteration += 1
         self.state.consumed_samples += global_batch
         self.platform.synchronize()
+        elapsed_s = time.perf_counter() - started
+        params_norm = None
+        if self.run.logging.log_params_norm and self.state.iteration % self.run.logging.log_interval == 0:
+            params_norm = parameters_norm(self.trainee.chunks, self.groups, self.platform.device)
         if self.reporter is not None and result is not None:
-            self.reporter.iteration(
-                self._metrics(result, time.perf_counter() - started, learning_rate, grad_norm, num_zeros, updated)
-            )
+            metrics = self._metrics(result, elapsed_s, learning_rate, grad_norm, num_zeros, updated)
+            self.reporter.iteration(replace(metrics, params_norm=params_norm))
 
     def _metrics(
         self,
@@ -168,7 +173,22 @@ class Trainer:
             num_zeros=float(num_zeros or 0),
             skipped_iterations=0 if updated else 1,
             nan_iterations=0 if math.isfinite(result.loss) else 1,
+            throughput_tflops=self._tflops(result, elapsed_s),
         )
+
+    def _tflops(self, result: StepResult, elapsed_s: float) -> float:
+        """Trillions of floating-point operations per second and process, of an average sample of this iteration."""
+        tokens = max(round(result.tokens_per_sample), 1)
+        shape = SampleShape(tokens, min(round(result.image_tokens / max(result.samples, 1)), tokens))
+        work = training_flops(self.run.model, shape)
+        per_sample = (
+            work.patch_embed
+            + work.projector
+            + work.lm_head
+            + work.vision_layer * self.plan.vision_layers
+            + work.text_layer * self.plan.text_layers
+        )
+        return per_sample * result.samples / elapsed_s / self.groups.ranks.world_size / 1e12
 
     def _forward_backward(
         self, iterators: list[Iterator[Batch]], *, forward_only: bool = False, num_micro_batches: int | None = None
@@ -212,7 +232,7 @@ class Trainer:
             values = {"loss": total.evaluation_loss}
             if self.run.logging.log_tps:
                 values["tokens per sample"] = total.tokens_per_sample
-            self.reporter.validation(prefix, values)
+            self.reporter.validation(prefix, self.state.iteration, values)
 
 
 def connect_schedule(

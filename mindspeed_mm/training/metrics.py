@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ PLOT_FILE = "loss.png"
 
 @dataclass(frozen=True, slots=True)
 class IterationMetrics:
-    """What one iteration reports. Loss is None for an iteration without a finite loss."""
+    """What one iteration reports."""
 
     iteration: int
     train_iters: int
@@ -95,7 +96,7 @@ class Reporter:
         self._first_iteration = start_iteration
         if save is not None:
             save.mkdir(parents=True, exist_ok=True)
-            kept = [row for row in read_metrics(save) if row["iteration"] <= start_iteration]
+            kept = [row for row in _read_rows(save) if _iteration_of(row) <= start_iteration]
             self._file = (save / METRICS_FILE).open("w", encoding="utf-8")
             for row in kept:
                 self._write(row)
@@ -106,21 +107,20 @@ class Reporter:
         row = {key: value for key, value in asdict(metrics).items() if value is not None}
         if self._file is not None:
             self._write(row)
-        for tracker in self._trackers:
-            tracker.log(row, metrics.iteration)
+        if metrics.iteration % self.config.tensorboard_log_interval == 0:
+            for tracker in self._trackers:
+                tracker.log(row, metrics.iteration)
         if metrics.iteration % self.config.log_interval == 0:
             logger.info("%s%s", format_log_line(metrics, self.config), self._eta(metrics))
 
-    def validation(self, prefix: str, values: dict[str, float]) -> None:
-        """Report an evaluation in Megatron's form, between two dashed lines."""
-        import math
-
+    def validation(self, prefix: str, iteration: int, values: dict[str, float]) -> None:
+        """Report an evaluation after `iteration` in Megatron's form, between two dashed lines."""
         text = f" validation loss at {prefix} | "
         for key, value in values.items():
             text += f"{key} value: {value:.6E} | {key} PPL: {math.exp(min(20.0, value)):.6E} | "
         logger.info("%s\n%s\n%s", "-" * len(text), text, "-" * len(text))
         if self._file is not None:
-            self._write({"validation": prefix, **values})
+            self._write({"validation": prefix, "validated_at": iteration, **values})
 
     def close(self) -> None:
         """Flush files and draw the loss curve."""
@@ -146,7 +146,12 @@ class Reporter:
 
 
 def read_metrics(save: Path) -> list[dict[str, Any]]:
-    """Entries of a run's metrics.jsonl that belong to training iterations; a line cut short by a crash is left out."""
+    """Entries of a run's metrics.jsonl that belong to training iterations."""
+    return [row for row in _read_rows(save) if "iteration" in row]
+
+
+def _read_rows(save: Path) -> list[dict[str, Any]]:
+    """All entries but a line that a crash cut short."""
     path = save / METRICS_FILE
     if not path.exists():
         return []
@@ -156,9 +161,13 @@ def read_metrics(save: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(row, dict) and "iteration" in row:
+        if isinstance(row, dict):
             rows.append(row)
     return rows
+
+
+def _iteration_of(row: dict[str, Any]) -> int:
+    return int(row.get("iteration", row.get("validated_at", 0)))
 
 
 def plot_loss(save: Path) -> Path | None:
@@ -228,10 +237,10 @@ class _Wandb:
 
 
 class _SwanLab:
-    def __init__(self, project: str, name: str | None) -> None:
+    def __init__(self, project: str, name: str | None, directory: str | None) -> None:
         import swanlab
 
-        self.run = swanlab.init(project=project, experiment_name=name)
+        self.run = swanlab.init(project=project, experiment_name=name, logdir=directory)
 
     def log(self, row: dict[str, Any], iteration: int) -> None:
         self.run.log(row, step=iteration)
@@ -250,7 +259,7 @@ def _open_trackers(config: LoggingConfig) -> list[_TensorBoard | _Wandb | _SwanL
         if config.wandb_project:
             trackers.append(_Wandb(config.wandb_project, config.wandb_exp_name, config.wandb_save_dir))
         if config.swanlab_project:
-            trackers.append(_SwanLab(config.swanlab_project, config.swanlab_exp_name))
+            trackers.append(_SwanLab(config.swanlab_project, config.swanlab_exp_name, config.swanlab_save_dir))
     except ImportError as error:
         raise SetupError(
             f"{error.name} is asked for on the command line but not installed.\n"

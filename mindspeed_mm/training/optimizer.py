@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def build_optimizer(
-    settings: OptimizerConfig, training: TrainingConfig, chunks: Sequence[nn.Module]
+    settings: OptimizerConfig,
+    training: TrainingConfig,
+    chunks: Sequence[nn.Module],
+    *,
+    log_num_zeros: bool = False,
 ) -> MegatronOptimizer:
     """Megatron's optimizer over DDP-wrapped chunks.
 
@@ -40,6 +44,12 @@ def build_optimizer(
         use_distributed_optimizer=settings.use_distributed_optimizer,
         overlap_param_gather=settings.overlap_param_gather,
         clip_grad=settings.clip_grad,
+        log_num_zeros_in_grad=log_num_zeros,
+        loss_scale=training.loss_scale,
+        initial_loss_scale=training.initial_loss_scale,
+        min_loss_scale=training.min_loss_scale,
+        loss_scale_window=training.loss_scale_window,
+        hysteresis=training.hysteresis,
     )
     no_decay = _name_test(settings.weight_decay_exclude_modules)
     scaled = _name_test(settings.lr_scale_modules)

@@ -94,7 +94,7 @@ def build_trainer(run: RunConfig, plan: StagePlan, groups: Groups, platform: Pla
             start.resume_iteration or 0,
         )
     models = wrap_chunks(chunks, run.optimizer, run.training)
-    optimizer = build_optimizer(run.optimizer, run.training, models)
+    optimizer = build_optimizer(run.optimizer, run.training, models, log_num_zeros=run.logging.log_num_zeros_in_grad)
     scheduler = build_scheduler(optimizer, run.optimizer, run.training)
     state = TrainState()
     if start.resume_iteration is not None and start.path is not None:

@@ -49,6 +49,7 @@ def _reduce(losses: Tensor, *, batch: Batch, kind: LossKind) -> tuple[Any, ...]:
         "supervised": torch.tensor(float(rows.numel())),
         "tokens": torch.tensor(float(batch.num_tokens)),
         "samples": torch.tensor(float(batch.num_samples)),
+        "image_tokens": torch.tensor(float(batch.image_rows.numel())),
     }
     if kind is LossKind.PER_TOKEN:
         return loss, torch.tensor(rows.numel(), dtype=torch.int32, device=losses.device), measures
@@ -64,6 +65,7 @@ class StepResult:
     supervised_tokens: int = 0
     tokens: int = 0
     samples: int = 0
+    image_tokens: int = 0
     micro_batches: int = 0
     learning_micro_batches: int = 0
     """Micro-batches with at least one supervised token."""
@@ -75,6 +77,7 @@ class StepResult:
             self.supervised_tokens + other.supervised_tokens,
             self.tokens + other.tokens,
             self.samples + other.samples,
+            self.image_tokens + other.image_tokens,
             self.micro_batches + other.micro_batches,
             self.learning_micro_batches + other.learning_micro_batches,
         )
@@ -107,7 +110,7 @@ def summarise(measures: list[Measures], kind: LossKind, group: dist.ProcessGroup
         group: the data-parallel group.
         device: where collectives of that group run.
     """
-    names = ("loss", "supervised", "tokens", "samples")
+    names = ("loss", "supervised", "tokens", "samples", "image_tokens")
     rows = [[*(m[name].item() for name in names), 1.0, float(m["supervised"].item() > 0)] for m in measures]
     total = torch.tensor(rows, dtype=torch.float64).sum(dim=0)
     # float32 on the wire: some accelerators' collectives have no float64.
