@@ -8,14 +8,27 @@ import sys
 import time
 from pathlib import Path
 
-from checkpoint import convert
+from checkpoint import convert, lora
 from checkpoint.job import Options, Summary
-from checkpoint.options import CommonModelConfig, HfToMmConfig, MmToHfConfig, ParallelConfig
+from checkpoint.options import (
+    CommonModelConfig,
+    ExportAdapterConfig,
+    HfToMmConfig,
+    ImportAdapterConfig,
+    MergeConfig,
+    MmToHfConfig,
+    ParallelConfig,
+    ResplitConfig,
+    VerifyConfig,
+)
 from checkpoint.plans import Cut, build_plan
 from checkpoint.rules.qwen2vl import qwen2vl_rules
 from checkpoint.stores.hf import read_model_config
+from checkpoint.verify import Comparison, Subject
+from checkpoint.verify import verify as compare
 from mindspeed_mm.config import Qwen2VLConfig
 from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.plan import StagePlan
 from mindspeed_mm.storage.layout import RELEASE, Iteration
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)I?B?\Z", re.IGNORECASE)
@@ -30,14 +43,7 @@ def hf_to_mm(cfg: HfToMmConfig) -> Summary:
     model = read_model_config(hf_dir)
     check_common(cfg.common_model_config, model)
     check_parallel(cfg.parallel_config)
-    plan = build_plan(
-        as_cut(cfg.parallel_config),
-        vision_layers=model.vision_layers,
-        text_layers=model.text_decoder.num_layers,
-        is_tied=model.text_decoder.is_tied,
-        rules=qwen2vl_rules(model),
-    )
-    logger.info("%s", plan.table())
+    plan = plan_of(model, cfg.parallel_config)
     return convert.hf_to_mm(hf_dir, Path(cfg.mm_dir), plan, vision_only=cfg.save_vit_only, options=as_options(cfg))
 
 
@@ -59,6 +65,93 @@ def mm_to_hf(cfg: MmToHfConfig) -> Summary:
     )
 
 
+def resplit(cfg: ResplitConfig) -> Summary:
+    """Run `resplit`."""
+    source = existing_dir(cfg.source_dir, "cfg.source_dir")
+    check_parallel(cfg.source_parallel_config, "cfg.source_parallel_config")
+    check_parallel(cfg.target_parallel_config, "cfg.target_parallel_config")
+    return convert.resplit(
+        source,
+        Path(cfg.target_dir),
+        as_cut(cfg.source_parallel_config),
+        as_cut(cfg.target_parallel_config),
+        iteration=as_iteration(cfg.iteration),
+        weights_only=cfg.weights_only,
+        is_tied=cfg.common_model_config.tie_word_embeddings,
+        num_query_groups=cfg.common_model_config.num_key_value_heads,
+        options=as_options(cfg),
+    )
+
+
+def verify(cfg: VerifyConfig) -> Comparison:
+    """Run `verify`."""
+    subjects: list[Subject] = []
+    for name, path, parallel, iteration in (
+        ("first", cfg.first_dir, cfg.first_parallel_config, cfg.first_iteration),
+        ("second", cfg.second_dir, cfg.second_parallel_config, cfg.second_iteration),
+    ):
+        check_parallel(parallel, f"cfg.{name}_parallel_config")
+        subjects.append(Subject(existing_dir(path, f"cfg.{name}_dir"), as_cut(parallel), as_iteration(iteration)))
+    return compare(subjects[0], subjects[1], Options(check_hashes=cfg.check_hashes))
+
+
+def merge(cfg: MergeConfig) -> Summary:
+    """Run `merge`."""
+    return lora.merge(
+        existing_dir(cfg.base_dir, "cfg.base_dir"),
+        existing_dir(cfg.lora_dir, "cfg.lora_dir"),
+        Path(cfg.target_dir),
+        as_cut(cfg.base_parallel_config),
+        as_cut(cfg.lora_parallel_config),
+        iteration=as_iteration(cfg.base_iteration),
+        lora_iteration=as_iteration(cfg.lora_iteration),
+        alpha=cfg.lora_alpha,
+        rank=cfg.lora_r,
+        options=Options(workers=cfg.workers, overwrite=cfg.overwrite),
+    )
+
+
+def export_adapter(cfg: ExportAdapterConfig) -> Summary:
+    """Run `export_adapter`."""
+    return lora.export_adapter(
+        existing_dir(cfg.lora_dir, "cfg.lora_dir"),
+        existing_dir(cfg.hf_config.hf_dir, "cfg.hf_config.hf_dir"),
+        Path(cfg.adapter_dir),
+        as_cut(cfg.lora_parallel_config),
+        iteration=as_iteration(cfg.iteration),
+        alpha=cfg.lora_alpha,
+        rank=cfg.lora_r,
+        has_hub_names=cfg.hub_names,
+        options=Options(overwrite=cfg.overwrite),
+    )
+
+
+def import_adapter(cfg: ImportAdapterConfig) -> Summary:
+    """Run `import_adapter`."""
+    hf_dir = existing_dir(cfg.hf_config.hf_dir, "cfg.hf_config.hf_dir")
+    check_parallel(cfg.parallel_config)
+    return lora.import_adapter(
+        existing_dir(cfg.adapter_dir, "cfg.adapter_dir"),
+        hf_dir,
+        Path(cfg.mm_dir),
+        plan_of(read_model_config(hf_dir), cfg.parallel_config),
+        options=Options(overwrite=cfg.overwrite),
+    )
+
+
+def plan_of(model: Qwen2VLConfig, parallel: ParallelConfig) -> StagePlan:
+    """The plan of lists for a model, every problem of theirs in one error."""
+    plan = build_plan(
+        as_cut(parallel),
+        vision_layers=model.vision_layers,
+        text_layers=model.text_decoder.num_layers,
+        is_tied=model.text_decoder.is_tied,
+        rules=qwen2vl_rules(model),
+    )
+    logger.info("%s", plan.table())
+    return plan
+
+
 def existing_dir(path: str, name: str) -> Path:
     """The path of a directory that must be there.
 
@@ -75,7 +168,7 @@ def as_cut(parallel: ParallelConfig) -> Cut:
     return Cut(parallel.vit_pp_layers, parallel.llm_pp_layers, parallel.tp_size)
 
 
-def as_options(cfg: HfToMmConfig | MmToHfConfig) -> Options:
+def as_options(cfg: HfToMmConfig | MmToHfConfig | ResplitConfig) -> Options:
     """How the conversion runs; progress is shown on a terminal only."""
     return Options(
         workers=cfg.workers,

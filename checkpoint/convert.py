@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from checkpoint.job import Clock, Options, Summary, check_apart, check_space, run_files, stamped
-from checkpoint.plans import Cut, check_plan_of_model, plan_of_checkpoint
+from checkpoint.plans import UNSAID, Cut, build_plan, check_plan_of_model, plan_of_checkpoint
 from checkpoint.ranges import Sources
 from checkpoint.reference import copy_other_files, read_reference, write_index
 from checkpoint.replicas import check_replicas
 from checkpoint.rules.base import RuleSet
-from checkpoint.rules.qwen2vl import qwen2vl_rules
+from checkpoint.rules.lora import adapted_rules, is_adapter, lora_rules
+from checkpoint.rules.qwen2vl import qwen2vl_rules, qwen2vl_rules_of_plan
+from checkpoint.state_writer import StateWriter, Transfer
 from checkpoint.stores.base import WeightStore
 from checkpoint.stores.hf import HfStore, read_model_config
 from checkpoint.stores.mm import MmStore, choose_iteration
 from checkpoint.stores.targets import FileLayout, Kind, plan_hf_target, plan_mm_target, split_names
+from checkpoint.training_state import contents_of, read_training_state
 from checkpoint.transfer import TargetFile, compile_files
 from mindspeed_mm.config import Qwen2VLConfig
 from mindspeed_mm.errors import CheckpointError, ConfigError
 from mindspeed_mm.plan import StagePlan
 from mindspeed_mm.storage import layout
 from mindspeed_mm.storage.files import make_dir, write_file
-from mindspeed_mm.storage.manifest import check_manifest
+from mindspeed_mm.storage.manifest import check_manifest, read_manifest
+from mindspeed_mm.storage.pickle_tree import Call
 from mindspeed_mm.storage.publish import check_target, staging_directory
+from mindspeed_mm.storage.shard import as_items
 
 logger = logging.getLogger(__name__)
-
-HF_NOTHING = Cut(None, None)
-"""Nothing is said about the layout of a checkpoint."""
 
 
 def hf_to_mm(
@@ -68,7 +71,7 @@ def mm_to_hf(
     mm_dir: Path,
     reference_hf_dir: Path,
     out_dir: Path,
-    cut: Cut = HF_NOTHING,
+    cut: Cut = UNSAID,
     *,
     iteration: layout.Iteration | None = None,
     max_shard_bytes: int | None = None,
@@ -111,6 +114,68 @@ def mm_to_hf(
         return _summary(rules, files, clock, notes)
 
 
+def resplit(
+    source_dir: Path,
+    target_dir: Path,
+    source_cut: Cut,
+    target_cut: Cut,
+    *,
+    iteration: layout.Iteration | None = None,
+    weights_only: bool = False,
+    is_tied: bool | None = None,
+    num_query_groups: int | None = None,
+    options: Options | None = None,
+) -> Summary:
+    """Cut MM shards another way; a training save keeps its optimizer state, its iteration and the rest.
+
+    Args:
+        target_dir: a new or empty directory; it appears complete or not at all.
+        source_cut: the layout of the shards; not needed where a stage plan lies beside them.
+        iteration: None for the one that the tracker names.
+        weights_only: write the weights of a training save as `release`.
+        is_tied: whether the output head is the token embedding; None to find out.
+        num_query_groups: key-value heads of the text decoder; None to find out.
+    Raises:
+        CheckpointError, ConfigError, SetupError, DiskFullError, NumericError: as `hf_to_mm`.
+    """
+    clock, options = Clock(), options or Options()
+    source_dir, target_dir = Path(source_dir), Path(target_dir)
+    check_apart(source_dir, target_dir)
+    check_target(target_dir, overwrite=options.overwrite)
+    chosen = choose_iteration(source_dir, iteration)
+    with stamped(layout.iteration_dir(source_dir, chosen)) as sources:
+        old = plan_of_checkpoint(source_dir, chosen, source_cut, is_tied=is_tied)
+        check_source(source_dir, layout.iteration_dir(source_dir, chosen), options)
+        source, has_adapters = _open_shards(source_dir, old, chosen)
+        rules = source.rules
+        check_replicas(source, rules.weights, sources)
+        new = build_plan(target_cut, vision_layers=old.vision_layers, text_layers=old.text_layers, is_tied=old.is_tied)
+        kinds = kinds_of(source, rules)
+        facts = _check_new_tp(source, new, kinds, num_query_groups)
+        if chosen == layout.RELEASE or weights_only:
+            # The arguments beside adapters say what their product is multiplied by.
+            kept = {r: {k: v for k, v in c.items() if k == "args"} for r, c in contents_of(source).items()}
+            writer = StateWriter(source, kept, None, new, rules) if has_adapters else None
+            return write_mm(
+                target_dir, layout.RELEASE, new, rules, kinds, source, sources, options, facts, clock, writer
+            )
+        state = read_training_state(source, sources)
+        writer = StateWriter(source, contents_of(source), state, new, rules)
+        return write_mm(target_dir, chosen, new, rules, kinds, source, sources, options, facts, clock, writer)
+
+
+def _open_shards(root: Path, plan: StagePlan, iteration: layout.Iteration) -> tuple[MmStore, bool]:
+    """The checked shards of a model or of LoRA adapters, and which of the two they are."""
+    base = qwen2vl_rules_of_plan(plan)
+    store = MmStore.open(root, plan, base, iteration)
+    names = {name for stage in plan.stages for name in store.tensors(0, stage)}
+    has_adapters = any(map(is_adapter, names))
+    if has_adapters:
+        store = MmStore.open(root, plan, lora_rules(base, adapted_rules(base, names)), iteration)
+    store.check()
+    return store, has_adapters
+
+
 def write_mm(
     mm_dir: Path,
     iteration: layout.Iteration,
@@ -122,11 +187,14 @@ def write_mm(
     options: Options,
     facts: Mapping[str, Any],
     clock: Clock,
+    writer: StateWriter | None = None,
 ) -> Summary:
     """Write MM shards of `source` under `plan`, with plan file, manifest and tracker."""
     with staging_directory(mm_dir, overwrite=options.overwrite) as staging:
-        target = plan_mm_target(staging, iteration, plan, rules, kinds)
-        files = compile_conversion(rules, source, target, target.layouts)
+        target = plan_mm_target(staging, iteration, plan, rules, kinds, writer.extend if writer else None)
+        layouts = {**target.layouts, **(writer.files() if writer else {})}
+        more = writer.transfers(target.shards) if writer else ()
+        files = compile_conversion(rules, source, target, layouts, more)
         check_space(mm_dir, sum(file.nbytes for file in files))
         folder = make_dir(layout.iteration_dir(staging, iteration))
         write_file(folder / layout.PLAN_FILE, plan.to_json().encode())
@@ -169,15 +237,23 @@ def kinds_of(store: WeightStore, rules: RuleSet) -> dict[str, Kind]:
 
 
 def compile_conversion(
-    rules: RuleSet, source: WeightStore, target: WeightStore, layouts: Mapping[Path, FileLayout]
+    rules: RuleSet,
+    source: WeightStore,
+    target: WeightStore,
+    layouts: Mapping[Path, FileLayout],
+    more: Iterable[Transfer] = (),
 ) -> list[TargetFile]:
-    """The files to write so that `target` holds what `source` holds: every tensor, every copy, every byte once."""
+    """The files to write so that `target` holds what `source` holds: every tensor, every copy, every byte once.
+
+    Args:
+        more: (name, source, target) of what the files hold beside the weights.
+    """
     transfers = (
         (weight.mm, source.placements(weight)[0], placement)
         for weight in rules.weights
         for placement in target.placements(weight)
     )
-    return compile_files(layouts, transfers)
+    return compile_files(layouts, chain(transfers, more))
 
 
 def facts_of(model: Qwen2VLConfig) -> dict[str, Any]:
@@ -187,6 +263,41 @@ def facts_of(model: Qwen2VLConfig) -> dict[str, Any]:
         "num_query_groups": model.text_decoder.num_query_groups,
         "vision_num_attention_heads": None if encoder is None else encoder.vision_encoder.num_attention_heads,
     }
+
+
+def _check_new_tp(
+    source: MmStore, plan: StagePlan, kinds: Mapping[str, Kind], num_query_groups: int | None
+) -> dict[str, Any]:
+    """Check that the new tensor-parallel size divides what it splits; gives what is known of the model.
+
+    Raises:
+        ConfigError: with every tensor that it does not divide.
+    """
+    manifest = read_manifest(source.folder)
+    facts = dict(manifest.facts) if manifest else {}
+    groups = num_query_groups or facts.get("num_query_groups") or _saved_groups(source)
+    problems = []
+    if groups is None and plan.tp_size > 1:
+        logger.warning(
+            "the number of key-value heads is not known here; tp_size %d is not checked against it", plan.tp_size
+        )
+    elif groups is not None and groups % plan.tp_size:
+        problems.append(f"Number of key-value heads ({groups}) must be divisible by TP size ({plan.tp_size}).")
+    for rule in source.rules.rules:
+        weight = next(weight for weight in source.rules.weights if weight.rule is rule)
+        problem = rule.tp.problem(kinds[weight.mm][1], plan.tp_size)
+        if problem:
+            problems.append(f"{rule}: {problem}.")
+    if problems:
+        raise ConfigError("target_parallel_config", problems)
+    return facts if groups is None else {**facts, "num_query_groups": groups}
+
+
+def _saved_groups(source: MmStore) -> int | None:
+    """The number of key-value heads in the arguments of a training save; None if there is none."""
+    args = dict(as_items(source.index((0, 0)).tree, where="shard")).get("args")
+    value = args.attributes().get("num_query_groups") if isinstance(args, Call) else None
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def _check_fit(plan: StagePlan, model: Qwen2VLConfig, rules: RuleSet, *, where: str) -> None:

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import CLI
 
-from checkpoint.options import HfToMmConfig, MmToHfConfig
+from checkpoint.options import (
+    ExportAdapterConfig,
+    HfToMmConfig,
+    ImportAdapterConfig,
+    MergeConfig,
+    MmToHfConfig,
+    ResplitConfig,
+    VerifyConfig,
+)
 from mindspeed_mm.errors import MindSpeedMMError
 
 if TYPE_CHECKING:
@@ -38,10 +46,76 @@ def mm_to_hf(cfg: MmToHfConfig) -> None:
     _show(commands.mm_to_hf(cfg), cfg.save_hf_dir)
 
 
+def resplit(cfg: ResplitConfig) -> None:
+    """Cut MM shards another way; training saves keep their optimizer state.
+
+    Args:
+        cfg: Settings of the conversion.
+    """
+    from checkpoint import commands
+
+    _show(commands.resplit(cfg), cfg.target_dir)
+
+
+def verify(cfg: VerifyConfig) -> None:
+    """Compare the weights of two checkpoints of any kind; exit code 1 if they differ.
+
+    Args:
+        cfg: Settings of the comparison.
+    """
+    from checkpoint import commands
+
+    comparison = commands.verify(cfg)
+    print(comparison.table())
+    if comparison.is_same:
+        print("the weights are the same")
+    else:
+        print(f"first difference: {comparison.first}")
+        sys.exit(1)
+
+
+def merge(cfg: MergeConfig) -> None:
+    """Merge LoRA adapters into their base.
+
+    Args:
+        cfg: Settings of the merge.
+    """
+    from checkpoint import commands
+
+    _show(commands.merge(cfg), cfg.target_dir)
+
+
+def export_adapter(cfg: ExportAdapterConfig) -> None:
+    """Write MM adapters as a directory that peft loads.
+
+    Args:
+        cfg: Settings of the export.
+    """
+    from checkpoint import commands
+
+    _show(commands.export_adapter(cfg), cfg.adapter_dir)
+
+
+def import_adapter(cfg: ImportAdapterConfig) -> None:
+    """Write the adapters of a peft directory as MM shards.
+
+    Args:
+        cfg: Settings of the import.
+    """
+    from checkpoint import commands
+
+    _show(commands.import_adapter(cfg), cfg.mm_dir)
+
+
 QWEN2VL: dict[str, str | Callable[..., Any]] = {
     "_help": "Checkpoints of Qwen2-VL.",
     "hf_to_mm": hf_to_mm,
     "mm_to_hf": mm_to_hf,
+    "resplit": resplit,
+    "verify": verify,
+    "merge": merge,
+    "export_adapter": export_adapter,
+    "import_adapter": import_adapter,
 }
 
 

@@ -152,3 +152,134 @@ class MmToHfConfig:
     workers: PositiveInt = 2
     check_hashes: bool = False
     allow_nan: bool = False
+
+
+@dataclass(frozen=True)
+class ResplitConfig:
+    """MM to MM, cut another way.
+
+    Args:
+        source_dir: MM checkpoint to read.
+        target_dir: Directory to write; it appears complete or not at all.
+        target_parallel_config: How to cut it.
+        source_parallel_config: How the source is cut; not needed where it holds stage_plan.json.
+        common_model_config: Facts about the model, where the checkpoint does not show them.
+        iteration: Iteration to read, or "release"; otherwise the one that the tracker file names.
+        weights_only: Write the weights of a training save as a release checkpoint, without optimizer state.
+        overwrite: Replace target_dir if it holds something.
+        workers: Threads that copy.
+        check_hashes: Compare the source with its manifest.json first.
+        allow_nan: Convert weights that hold NaN or infinity instead of stopping.
+    """
+
+    source_dir: str
+    target_dir: str
+    target_parallel_config: ParallelConfig
+    source_parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
+    common_model_config: CommonModelConfig = field(default_factory=CommonModelConfig)
+    iteration: NonNegativeInt | str | None = None
+    weights_only: bool = False
+    overwrite: bool = False
+    workers: PositiveInt = 2
+    check_hashes: bool = False
+    allow_nan: bool = False
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Two checkpoints to compare.
+
+    Args:
+        first_dir: Hugging Face or MM directory.
+        second_dir: Hugging Face or MM directory.
+        first_parallel_config: How the first is cut, if it is an MM directory without stage_plan.json.
+        second_parallel_config: How the second is cut, if it is an MM directory without stage_plan.json.
+        first_iteration: Iteration of the first, or "release"; otherwise the one that its tracker file names.
+        second_iteration: Iteration of the second, or "release"; otherwise the one that its tracker file names.
+        check_hashes: Compare both with their manifest.json, too.
+    """
+
+    first_dir: str
+    second_dir: str
+    first_parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
+    second_parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
+    first_iteration: NonNegativeInt | str | None = None
+    second_iteration: NonNegativeInt | str | None = None
+    check_hashes: bool = False
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """A base and LoRA adapters to merge into it.
+
+    Args:
+        base_dir: MM checkpoint of the base.
+        lora_dir: MM checkpoint that holds adapters only; it may be cut in another way.
+        target_dir: Directory to write, cut as the base; it appears complete or not at all.
+        base_parallel_config: How the base is cut; not needed where it holds stage_plan.json.
+        lora_parallel_config: How the adapters are cut; not needed where they come with stage_plan.json.
+        base_iteration: Iteration of the base, or "release"; otherwise the one that its tracker file names.
+        lora_iteration: Iteration of the adapters, or "release"; otherwise the one that their tracker file names.
+        lora_alpha: Alpha of the adapters; needed where the checkpoint does not say it.
+        lora_r: Rank of the adapters; checked.
+        overwrite: Replace target_dir if it holds something.
+        workers: Threads that copy.
+    """
+
+    base_dir: str
+    lora_dir: str
+    target_dir: str
+    base_parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
+    lora_parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
+    base_iteration: NonNegativeInt | str | None = None
+    lora_iteration: NonNegativeInt | str | None = None
+    lora_alpha: float | None = None
+    lora_r: PositiveInt | None = None
+    overwrite: bool = False
+    workers: PositiveInt = 2
+
+
+@dataclass(frozen=True)
+class ExportAdapterConfig:
+    """MM adapters to a peft directory.
+
+    Args:
+        lora_dir: MM checkpoint that holds adapters only.
+        hf_config: Hugging Face directory of the base model.
+        adapter_dir: Directory to write; it appears complete or not at all.
+        lora_parallel_config: How the adapters are cut; not needed where they come with stage_plan.json.
+        iteration: Iteration to read, or "release"; otherwise the one that the tracker file names.
+        lora_alpha: Alpha of the adapters; needed where the checkpoint does not say it.
+        lora_r: Rank of the adapters; checked.
+        hub_names: Name modules as transformers before 4.52 does.
+        overwrite: Replace adapter_dir if it holds something.
+    """
+
+    lora_dir: str
+    hf_config: HfConfig
+    adapter_dir: str
+    lora_parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
+    iteration: NonNegativeInt | str | None = None
+    lora_alpha: float | None = None
+    lora_r: PositiveInt | None = None
+    hub_names: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class ImportAdapterConfig:
+    """A peft directory to MM adapters.
+
+    Args:
+        adapter_dir: Directory that peft wrote.
+        hf_config: Hugging Face directory of the base model.
+        mm_dir: Directory to write; it appears complete or not at all.
+        parallel_config: How to cut the adapters: as the base that they are trained or merged with.
+        overwrite: Replace mm_dir if it holds something.
+    """
+
+    adapter_dir: str
+    hf_config: HfConfig
+    mm_dir: str
+    parallel_config: ParallelConfig
+    overwrite: bool = False

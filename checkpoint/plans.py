@@ -34,6 +34,10 @@ class Cut:
     """None: not said."""
 
 
+UNSAID = Cut(None, None)
+"""Nothing is said about the layout of a checkpoint."""
+
+
 def build_plan(
     cut: Cut, *, vision_layers: int, text_layers: int, is_tied: bool, rules: RuleSet | None = None
 ) -> StagePlan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -15,6 +15,8 @@ from mindspeed_mm.errors import CheckpointError
 
 MAX_SPAN_BYTES = 8 << 20
 """Most bytes that a strided read takes from a source at once, to keep some of them."""
+STEP_BYTES = 1 << 20
+"""Bytes of a contiguous range that are read at once where nothing else asks for a size."""
 MAX_WASTE = 6
 """Runs are read one by one where reading over the gaps would read more than this many times as much."""
 
@@ -106,7 +108,7 @@ def fill_rows(sources: Sources, segment: Segment, first: int, view: memoryview, 
     Args:
         first: number of the first row.
         view: rows * row_bytes bytes.
-        scratch: at least MAX_SPAN_BYTES + one stride of room; its content is lost.
+        scratch: room for what is read; it grows as needed and its content is lost.
     """
     rows = len(view) // segment.row_bytes
     target = np.frombuffer(view, np.uint8).reshape(rows, segment.row_bytes)
@@ -135,10 +137,21 @@ def _fill_runs(sources: Sources, piece: Piece, start: int, target: np.ndarray) -
 
 def fill_segment(sources: Sources, segment: Segment, view: memoryview) -> None:
     """Fill `view` with a whole segment."""
+    for start, part in read_segment(sources, segment):
+        view[start : start + len(part)] = part
+
+
+def read_segment(sources: Sources, segment: Segment) -> Iterator[tuple[int, memoryview]]:
+    """The bytes of a segment piece by piece: (place in the segment, bytes); the bytes last until the next piece."""
     if segment.is_flat:
-        sources.read_into(segment.pieces[0].source, segment.pieces[0].offset, view)
-        return
-    step, scratch = rows_per_read(segment), bytearray(MAX_SPAN_BYTES)
-    for row in range(0, segment.rows, step):
-        part = view[row * segment.row_bytes : (row + step) * segment.row_bytes]
-        fill_rows(sources, segment, row, part, scratch)
+        step, unit = max(STEP_BYTES // segment.dtype.itemsize, 1), segment.dtype.itemsize
+    else:
+        step, unit = rows_per_read(segment), segment.row_bytes
+    buffer, scratch = memoryview(bytearray(min(step * unit, segment.nbytes))), bytearray()
+    for start in range(0, segment.nbytes, step * unit):
+        part = buffer[: min(step * unit, segment.nbytes - start)]
+        if segment.is_flat:
+            sources.read_into(segment.pieces[0].source, segment.pieces[0].offset + start, part)
+        else:
+            fill_rows(sources, segment, start // segment.row_bytes, part, scratch)
+        yield start, part

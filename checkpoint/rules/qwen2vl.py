@@ -1,4 +1,7 @@
-"""The weight rules of Qwen2-VL."""
+"""The weight rules of Qwen2-VL.
+
+They stand in the order in which Megatron registers parameters: saved optimizer state is matched by that order.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +82,6 @@ def _vision_rules(encoder: ImageEncoderConfig, *, is_qkv_in_hf_order: bool) -> t
     def merger(mm: str, hf: str, tp: Split, shape: Shape) -> WeightRule:
         return WeightRule(MM_PROJECTOR + mm, (HF_MERGER + hf,), Same(), tp, Part.PROJECTOR, shape)
 
-    norms = (("input_layernorm", "norm1"), ("pre_mlp_layernorm", "norm2"))
     return (
         WeightRule(
             "image_encoder.encoder.patch_embed.proj.weight",
@@ -89,15 +91,14 @@ def _vision_rules(encoder: ImageEncoderConfig, *, is_qkv_in_hf_order: bool) -> t
             Part.PATCH_EMBED,
             patch,
         ),
-        *(
-            layer(f"{mm}.{kind}", f"{hf}.{kind}", REPLICATED, (wide,))
-            for mm, hf in norms
-            for kind in ("weight", "bias")
-        ),
-        layer("self_attention.linear_qkv.weight", "attn.qkv.weight", COLUMN, (3 * wide, wide), qkv),
-        layer("self_attention.linear_qkv.bias", "attn.qkv.bias", COLUMN, (3 * wide,), qkv),
+        layer("input_layernorm.weight", "norm1.weight", REPLICATED, (wide,)),
+        layer("input_layernorm.bias", "norm1.bias", REPLICATED, (wide,)),
         layer("self_attention.linear_proj.weight", "attn.proj.weight", ROW, (wide, wide)),
         layer("self_attention.linear_proj.bias", "attn.proj.bias", REPLICATED, (wide,)),
+        layer("self_attention.linear_qkv.weight", "attn.qkv.weight", COLUMN, (3 * wide, wide), qkv),
+        layer("self_attention.linear_qkv.bias", "attn.qkv.bias", COLUMN, (3 * wide,), qkv),
+        layer("pre_mlp_layernorm.weight", "norm2.weight", REPLICATED, (wide,)),
+        layer("pre_mlp_layernorm.bias", "norm2.bias", REPLICATED, (wide,)),
         layer("mlp.linear_fc1.weight", "mlp.fc1.weight", COLUMN, (inner, wide)),
         layer("mlp.linear_fc1.bias", "mlp.fc1.bias", COLUMN, (inner,)),
         layer("mlp.linear_fc2.weight", "mlp.fc2.weight", ROW, (wide, inner)),
@@ -137,14 +138,14 @@ def _text_rules(text: TextDecoderConfig) -> tuple[WeightRule, ...]:
             copy_hf=HF_HEAD if text.is_tied else None,
         ),
         layer("input_layernorm.weight", ("input_layernorm.weight",), REPLICATED, (wide,)),
-        layer("self_attention.linear_qkv.weight", heads("weight"), COLUMN, (qkv_rows, wide), qkv),
-        layer("self_attention.linear_qkv.bias", heads("bias"), COLUMN, (qkv_rows,), qkv),
         layer(
             "self_attention.linear_proj.weight",
             ("self_attn.o_proj.weight",),
             ROW,
             (wide, text.num_attention_heads * size),
         ),
+        layer("self_attention.linear_qkv.weight", heads("weight"), COLUMN, (qkv_rows, wide), qkv),
+        layer("self_attention.linear_qkv.bias", heads("bias"), COLUMN, (qkv_rows,), qkv),
         layer("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), REPLICATED, (wide,)),
         layer(
             "mlp.linear_fc1.weight",

@@ -32,7 +32,7 @@ class Placement:
 class WeightStore(Protocol):
     """A checkpoint that holds canonical tensors in some layout."""
 
-    def placements(self, weight: Weight) -> Sequence[Placement]:
+    def placements(self, weight: Weight) -> tuple[Placement, ...]:
         """Every copy of a whole tensor; the first one is read, the others must be equal to it."""
         ...
 

@@ -110,7 +110,7 @@ class MmStore:
     def placements(self, weight: Weight) -> tuple[Placement, ...]:
         """Every copy of a whole tensor: one per rank where it is not split, and those of a tied output head."""
         found = []
-        for stage, name in self._homes[weight.mm]:
+        for stage, name in self.homes[weight.mm]:
             parts = [self._tensor(tp_rank, stage, name) for tp_rank in range(self.plan.tp_size)]
             split = weight.rule.tp
             shape = weight.rule.shape or split.full_shape(parts[0].shape, self.plan.tp_size)
@@ -142,7 +142,7 @@ class MmStore:
         return tensor
 
     @cached_property
-    def _homes(self) -> dict[str, list[tuple[Stage, str]]]:
+    def homes(self) -> dict[str, list[tuple[Stage, str]]]:
         """Canonical name -> the stages that hold the tensor, with its local name there; copies of a tied head last.
 
         Some checkpoints of other projects lack that copy where it should be, or have one where none should be: both are
