@@ -6,6 +6,7 @@ Nothing is downloaded: the tokenizer is a byte-level BPE trained on `tiny_corpus
 Qwen2's order after the last BPE token, and the weights are drawn from a seed.
 
     python tools/make_tiny_checkpoint.py OUT_DIR [--tied] [--seed 0] [--size tiny] [--vocab-size 1024]
+    python tools/make_tiny_checkpoint.py OUT_DIR --family mossvl [--seed 0] [--size tiny]    (make_tiny_mossvl.py)
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -359,8 +361,9 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def main() -> None:
     """The command line: write one checkpoint and print where it lies."""
-    parser = argparse.ArgumentParser(description="Write a small Qwen2-VL checkpoint with weights drawn from a seed.")
+    parser = argparse.ArgumentParser(description="Write a small checkpoint with weights drawn from a seed.")
     parser.add_argument("path", help="the directory to write")
+    parser.add_argument("--family", choices=("qwen2vl", "mossvl"), default="qwen2vl", help="(default: %(default)s)")
     parser.add_argument(
         "--tied", action="store_true", help="use the token embedding as the output head, as the 2B does"
     )
@@ -370,6 +373,15 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--num-shards", type=int, default=1, help="safetensors files (default: %(default)s)")
     args = parser.parse_args()
+    if args.family == "mossvl":
+        if args.tied or args.vocab_size != 1024 or args.num_shards != 1:
+            parser.error("--tied, --vocab-size and --num-shards are for qwen2vl")
+        # A script's own folder is on the path, the repository is not.
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+        from tools.make_tiny_mossvl import make_tiny_mossvl
+
+        print(make_tiny_mossvl(args.path, size=args.size, seed=args.seed, dtype=args.dtype))
+        return
     directory = make_tiny_checkpoint(
         args.path,
         tied=args.tied,

@@ -79,7 +79,7 @@ def load_model(
         if names:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise CheckpointError(f"{name_or_path}: {key.replace('_', ' ')}: {shown}; this is not a whole MOSS-VL")
-    # Under ZeRO-3 transformers 5 keeps renamings for older files here and applies their reverse when it saves, which turns
+    # Under ZeRO-3 transformers 5 keeps renamings for older files here and applies their reverse when it saves, turning
     # model.language_model.* into model.language_model.model.*; MOSS-VL's names are the same in memory and in files.
     model._weight_conversions = []
     return model
