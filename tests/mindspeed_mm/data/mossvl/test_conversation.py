@@ -53,12 +53,12 @@ def test_every_answer_is_learned(processor: MossVLProcessor) -> None:
         {"role": "system", "content": "You are a helpful assistant."},
         {"role": "user", "content": "<|image|>\nDescribe this image."},
         {"role": "assistant", "content": "A beautiful landscape."},
-        {"role": "user", "content": "What colour is the tree?"},
+        {"role": "user", "content": "What colour have the trees?"},
         {"role": "assistant", "content": "Green."},
     ]
     text, spans = rendered({"conversations": turns, "images": ["a.jpg"]}, processor)
     assert [text[start:end] for start, end in spans] == ["A beautiful landscape.<|im_end|>", "Green.<|im_end|>"]
-    assert spans[0] == (138, 170)
+    assert (len(text), spans) == (265, [(138, 170), (248, 264)])
 
 
 def test_a_later_system_message_is_dropped(processor: MossVLProcessor) -> None:
