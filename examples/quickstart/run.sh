@@ -54,7 +54,6 @@ GPT_ARGS="
     --seed $SEED
     --num-workers 1
     --use-distributed-optimizer
-    --variable-seq-lengths
     --load $RUN/start
 "
 MM_ARGS="--mm-data $RUN/data.json --mm-model $RUN/model.json --mm-tool configs/qwen2vl/tools.json"
@@ -65,6 +64,7 @@ OUTPUT_ARGS="
     --save $RUN/save
     --save-hf $RUN/trained
     --ckpt-format torch
+    --distributed-backend gloo
     --device cpu
 "
 # shellcheck disable=SC2086
