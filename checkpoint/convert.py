@@ -20,7 +20,7 @@ from checkpoint.state_writer import StateWriter, Transfer
 from checkpoint.stores.base import WeightStore
 from checkpoint.stores.hf import HfStore, read_model_config
 from checkpoint.stores.mm import MmStore, choose_iteration
-from checkpoint.stores.targets import FileLayout, Kind, plan_hf_target, plan_mm_target, split_names
+from checkpoint.stores.targets import Kind, plan_hf_target, plan_mm_target, split_names
 from checkpoint.training_state import contents_of, read_training_state
 from checkpoint.transfer import TargetFile, compile_files
 from mindspeed_mm.config import Qwen2VLConfig
@@ -32,6 +32,7 @@ from mindspeed_mm.storage.manifest import check_manifest, read_manifest
 from mindspeed_mm.storage.pickle_tree import Call
 from mindspeed_mm.storage.publish import check_target, staging_directory
 from mindspeed_mm.storage.shard import as_items
+from mindspeed_mm.storage.tensors import FileLayout
 
 logger = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ import xxhash
 from checkpoint.ranges import MAX_SPAN_BYTES, Sources, fill_rows, rows_per_read
 from checkpoint.transfer import Segment, TargetFile
 from mindspeed_mm.errors import NumericError
+from mindspeed_mm.storage.checksums import RunningChecksums
 from mindspeed_mm.storage.files import make_dir, open_new, write_errors
 from mindspeed_mm.storage.manifest import FileRecord
 
@@ -112,6 +113,7 @@ class _FileState:
     def __init__(self, file: TargetFile) -> None:
         self.file = file
         self.hash = xxhash.xxh3_128()
+        self.checksums = RunningChecksums(file.layout.checksums)
         self.turn = threading.Condition()
         self.next = 0
         self.unwritten = 0
@@ -189,10 +191,12 @@ class _Run:
                 fill_rows(self.sources, segment, fill.first // segment.row_bytes, part, scratch)
         if self.check_finite:
             self._look_for_nan(chunk, view)
+        parts = state.checksums.parts(chunk.offset, view)
         with state.turn:
             state.turn.wait_for(lambda: state.next == chunk.number or self.failed.is_set())
             if self.failed.is_set():
                 return
+            state.checksums.fill_in(parts, chunk.offset, view)
             state.hash.update(view)
             state.next += 1
             state.turn.notify_all()

@@ -25,6 +25,7 @@ from checkpoint.stores.targets import CHECKPOINT_VERSION, plan_mm_target
 from mindspeed_mm.errors import CheckpointError, ConfigError
 from mindspeed_mm.plan import StagePlan
 from mindspeed_mm.storage import layout
+from mindspeed_mm.storage.checksums import refresh_checksums
 from mindspeed_mm.storage.files import make_dir, write_errors, write_file
 from mindspeed_mm.storage.manifest import write_manifest
 from mindspeed_mm.storage.pickle_tree import Call
@@ -101,6 +102,8 @@ def merge(
             for weight in rules.weights:
                 if weight.rule in adapters.bases:
                     _merge_one(weight, adapters, target.placements(weight)[0].tensors, sources)
+            for shard in target.shards.values():
+                refresh_checksums(shard.path, shard.layout.checksums)
             sources.check_unchanged()
             write_file(folder / layout.PLAN_FILE, plan.to_json().encode())
             write_manifest(folder)

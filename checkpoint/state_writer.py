@@ -16,7 +16,7 @@ from mindspeed_mm.plan import StagePlan
 from mindspeed_mm.storage import layout
 from mindspeed_mm.storage.pickle_tree import Call
 from mindspeed_mm.storage.shard import PlannedShard, ShardIndex, ShardPlanner, as_items
-from mindspeed_mm.storage.tensors import StoredTensor
+from mindspeed_mm.storage.tensors import FileLayout, StoredTensor
 
 _WEIGHTS = ("model", "checkpoint_version", "optimizer")
 _FLAT_KEY = "numel_unpadded"
@@ -75,7 +75,7 @@ class StateWriter:
             )
         return content
 
-    def files(self) -> dict[Path, tuple[int, tuple[tuple[int, bytes], ...]]]:
+    def files(self) -> dict[Path, FileLayout]:
         """Size and literal bytes of the files with flat state; what no parameter fills is zero."""
         found = {}
         for shard in self._flat:
@@ -86,8 +86,8 @@ class StateWriter:
                 )
                 for number, first, count in self._gaps.get(shard.path, [])
             ]
-            literals = [*shard.literals, *((offset, bytes(count)) for offset, count in zeros)]
-            found[shard.path] = (shard.nbytes, tuple(sorted(literals)))
+            literals = [*shard.layout.literals, *((offset, bytes(count)) for offset, count in zeros)]
+            found[shard.path] = shard.layout._replace(literals=tuple(sorted(literals)))
         return found
 
     def transfers(self, shards: Mapping[Rank, PlannedShard]) -> Iterator[Transfer]:

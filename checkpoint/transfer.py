@@ -11,7 +11,7 @@ from pathlib import Path
 from checkpoint.blocks import Move, check_cover, match
 from checkpoint.rules.base import Layout, as_rows
 from checkpoint.stores.base import Placement
-from mindspeed_mm.storage.tensors import Dtype, StoredTensor
+from mindspeed_mm.storage.tensors import Dtype, FileLayout, StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +57,13 @@ class TargetFile:
     """One file to be written."""
 
     path: Path
-    nbytes: int
-    literals: tuple[tuple[int, bytes], ...]
-    """(offset, bytes) of headers and the like."""
+    layout: FileLayout
     segments: tuple[Segment, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole file."""
+        return self.layout.nbytes
 
     def items(self) -> Iterator[tuple[int, bytes | Segment]]:
         """Literals and segments in the order of the file.
@@ -69,7 +72,7 @@ class TargetFile:
             AssertionError: they leave a hole or overlap; a plan that does so is a programming error.
         """
         both: list[tuple[int, bytes | Segment]] = [
-            *self.literals,
+            *self.layout.literals,
             *((segment.offset, segment) for segment in self.segments),
         ]
         both.sort(key=lambda item: item[0])
@@ -132,13 +135,13 @@ def _segment(
 
 
 def compile_files(
-    layouts: Mapping[Path, tuple[int, tuple[tuple[int, bytes], ...]]],
+    layouts: Mapping[Path, FileLayout],
     transfers: Iterable[tuple[str, Placement, Placement]],
 ) -> list[TargetFile]:
     """The files to write.
 
     Args:
-        layouts: target path -> (size of the file, its literals).
+        layouts: target path -> what of the file is no tensor.
         transfers: (name, source, target) of every copy of every tensor; the targets lie in those files.
     Returns:
         Files in the order of `layouts`, each checked to be written exactly once from its first to its last byte.
@@ -149,8 +152,8 @@ def compile_files(
             if prod(target.tensors[number].shape):
                 segments[target.tensors[number].path].extend(part)
     files = []
-    for path, (nbytes, literals) in layouts.items():
-        file = TargetFile(path, nbytes, literals, tuple(sorted(segments[path], key=lambda segment: segment.offset)))
+    for path, layout in layouts.items():
+        file = TargetFile(path, layout, tuple(sorted(segments[path], key=lambda segment: segment.offset)))
         for _ in file.items():
             pass
         files.append(file)

@@ -16,12 +16,10 @@ from mindspeed_mm.plan import StagePlan
 from mindspeed_mm.storage import layout
 from mindspeed_mm.storage.safetensors_file import plan_safetensors
 from mindspeed_mm.storage.shard import PlannedShard, ShardPlanner
-from mindspeed_mm.storage.tensors import Dtype, StoredTensor
+from mindspeed_mm.storage.tensors import Dtype, FileLayout, StoredTensor
 
 CHECKPOINT_VERSION = 3.0
 
-FileLayout = tuple[int, tuple[tuple[int, bytes], ...]]
-"""Size of a file, and its literal bytes by offset."""
 Kind = tuple[Dtype, Shape]
 """Element type and whole shape of a tensor."""
 Extend = Callable[[ShardPlanner, tuple[int, int]], Mapping[str, Any]]
@@ -80,7 +78,7 @@ def plan_mm_target(
     homes = {
         weight.mm: tuple(_mm_placements(weight, plan, kinds[weight.mm][1], shards, numbers)) for weight in rules.weights
     }
-    layouts = {shard.path: (shard.nbytes, shard.literals) for shard in shards.values()}
+    layouts = {shard.path: shard.layout for shard in shards.values()}
     return MmTarget(layouts, shards, homes)
 
 
@@ -142,7 +140,7 @@ def plan_hf_target(
         content = {name: kinds_by_name[name] for name in names}
         planned = plan_safetensors(content, metadata)
         path = root / file
-        layouts[path] = (planned.nbytes, ((0, planned.header),))
+        layouts[path] = FileLayout(planned.nbytes, ((0, planned.header),))
         for name, (dtype, shape) in content.items():
             tensors[name] = StoredTensor(path, dtype, shape, planned.offsets[name])
     is_single = list(shards) == [SINGLE_FILE]

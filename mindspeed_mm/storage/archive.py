@@ -5,11 +5,12 @@ from __future__ import annotations
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mindspeed_mm.errors import CheckpointError
+from mindspeed_mm.storage.tensors import Checksum, FileLayout
 
 ALIGNMENT = 64
 _LOCAL = struct.Struct("<IHHHHHIIIHH")
@@ -77,12 +78,9 @@ def _check_records(path: Path, records: Mapping[str, Record], size: int) -> None
 class ArchiveLayout:
     """A container to be written: every byte of it that is not a tensor, and where the tensors go."""
 
-    literals: tuple[tuple[int, bytes], ...]
-    """(offset, bytes), ascending."""
+    file: FileLayout
     offsets: Mapping[str, int]
     """Storage key -> offset of its bytes."""
-    nbytes: int
-    """Size of the whole file."""
 
 
 def plan_archive(pickle_data: bytes, storages: Mapping[str, int], *, stem: str) -> ArchiveLayout:
@@ -104,7 +102,7 @@ def plan_archive(pickle_data: bytes, storages: Mapping[str, int], *, stem: str) 
     offsets = {key: writer.add(f"data/{key}", nbytes) for key, nbytes in storages.items()}
     writer.add("version", 2, b"3\n")
     writer.finish()
-    return ArchiveLayout(tuple(writer.literals), offsets, writer.position)
+    return ArchiveLayout(FileLayout(writer.position, tuple(writer.literals), tuple(writer.checksums())), offsets)
 
 
 class _ArchivePlanner:
@@ -113,6 +111,9 @@ class _ArchivePlanner:
         self.position = 0
         self.literals: list[tuple[int, bytes]] = []
         self.central: list[bytes] = []
+        self.pending: list[tuple[int, int, int, int]] = []
+        """(start, end, offset of one field, offset of the other in the central directory)."""
+        self.central_start = 0
 
     def _literal(self, data: bytes) -> None:
         if self.literals and self.literals[-1][0] + len(self.literals[-1][1]) == self.position:
@@ -121,6 +122,11 @@ class _ArchivePlanner:
         else:
             self.literals.append((self.position, data))
         self.position += len(data)
+
+    def checksums(self) -> Iterator[Checksum]:
+        """Where the checksums of records go that are not known yet."""
+        for start, end, field, central in self.pending:
+            yield Checksum(start, end, (field, self.central_start + central))
 
     def add(self, name: str, nbytes: int, data: bytes | None = None) -> int:
         full_name = f"{self.stem}/{name}".encode()
@@ -132,10 +138,11 @@ class _ArchivePlanner:
             _LOCAL.pack(0x04034B50, 0, _FLAGS, 0, 0, 0, 0, 0, 0, len(full_name), len(extra)) + full_name + extra
         )
         offset = self.position
-        if data is None:
-            self.position += nbytes
-        else:
+        if data is not None:
             self._literal(data)
+        else:
+            self.position += nbytes
+            self.pending.append((offset, offset + nbytes, self.position + 4, sum(map(len, self.central)) + 16))
         is_large = nbytes >= 0xFFFFFFFF
         self._literal(struct.pack("<IIQQ" if is_large else "<IIII", 0x08074B50, checksum, nbytes, nbytes))
         self._central_entry(full_name, nbytes, checksum, header_offset)
@@ -150,7 +157,8 @@ class _ArchivePlanner:
         self.central.append(_CENTRAL.pack(*fields, min(header_offset, limit)) + name + extra)
 
     def finish(self) -> None:
-        start, directory, count = self.position, b"".join(self.central), len(self.central)
+        self.central_start = start = self.position
+        directory, count = b"".join(self.central), len(self.central)
         self._literal(directory)
         end = self.position
         self._literal(struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 0x031E, 45, 0, 0, count, count, len(directory), start))

@@ -14,7 +14,7 @@ from mindspeed_mm.errors import CheckpointError
 from mindspeed_mm.storage.archive import Record, plan_archive, read_archive
 from mindspeed_mm.storage.files import explain_write_error, open_new
 from mindspeed_mm.storage.pickle_tree import MAX_PICKLE_BYTES, Call, Global, Persistent, emit_pickle, parse_pickle
-from mindspeed_mm.storage.tensors import BY_STORAGE, Dtype, StoredTensor
+from mindspeed_mm.storage.tensors import BY_STORAGE, Dtype, FileLayout, StoredTensor
 
 _REBUILD_TENSOR = Global("torch._utils", "_rebuild_tensor_v2")
 _PARAMETERS = (Global("torch._utils", "_rebuild_parameter"), Global("torch._utils", "_rebuild_parameter_with_state"))
@@ -250,11 +250,10 @@ def tensor_node(dtype: Dtype, shape: tuple[int, ...], key: str) -> Call:
 
 @dataclass(frozen=True, slots=True)
 class PlannedShard:
-    """A `torch.save` file to be written: its size, every byte that is no tensor, and where the tensors go."""
+    """A `torch.save` file to be written: every byte that is no tensor, and where the tensors go."""
 
     path: Path
-    nbytes: int
-    literals: tuple[tuple[int, bytes], ...]
+    layout: FileLayout
     tensors: tuple[StoredTensor, ...]
     """In the order in which they were asked for."""
 
@@ -284,4 +283,4 @@ class ShardPlanner:
             StoredTensor(self.path, dtype, shape, archive.offsets[str(number)])
             for number, (dtype, shape) in enumerate(self._tensors)
         )
-        return PlannedShard(self.path, archive.nbytes, archive.literals, tensors)
+        return PlannedShard(self.path, archive.file, tensors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,25 @@ DTYPES: tuple[Dtype, ...] = (
 BY_NAME = {dtype.name: dtype for dtype in DTYPES}
 BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in DTYPES}
 BY_STORAGE = {dtype.storage: dtype for dtype in DTYPES}
+
+
+class Checksum(NamedTuple):
+    """A range of a file whose CRC-32 stands elsewhere in it, behind the range."""
+
+    start: int
+    end: int
+    fields: tuple[int, ...]
+    """Offsets of the four little-endian bytes."""
+
+
+class FileLayout(NamedTuple):
+    """A file to be written, but for the tensors in it."""
+
+    nbytes: int
+    literals: tuple[tuple[int, bytes], ...]
+    """(offset, bytes) of headers and the like, ascending."""
+    checksums: tuple[Checksum, ...] = ()
+    """To be filled in when the tensors are there, ascending."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,15 @@ def test_torch_loads_the_shards_that_the_rules_describe(name: str, hf_tied: Path
                 for rule, layer, name in rules.for_stage(plan, stage)
             }
             assert_same_tensors(content[f"model{stage.vp_stage}" if plan.vp_size > 1 else "model"], expected)
+
+
+def test_every_shard_is_a_sound_zip_file(hf_tied: Path, tmp_path: Path) -> None:
+    hf_to_mm(hf_tied, tmp_path / "mm", layout_plan("tp2_pp2_vp2", hf_tied))
+    shards = list((tmp_path / "mm").rglob("*.pt"))
+    assert len(shards) == 4
+    for path in shards:
+        with zipfile.ZipFile(path) as archive:
+            assert archive.testzip() is None
 
 
 def test_names_modes_and_tracker_are_those_of_the_layout(hf_tied: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from checkpoint.job import Options
 from checkpoint.lora import export_adapter, import_adapter, merge
 from checkpoint.plans import UNSAID, Cut
 from mindspeed_mm.errors import CheckpointError, ConfigError
+from mindspeed_mm.storage.manifest import check_manifest
 from mindspeed_mm.storage.shard import read_shard
 from tests.checkpoint.samples import LAYOUTS, edit_json, layout_plan, same_trees, write_hf
 
@@ -139,6 +141,9 @@ def test_merging_uses_alpha_and_rank_of_the_adapters(base: Path, tmp_path: Path)
     assert torch.equal(model["merged"][f"{name}.weight"], model["mm"][f"{name}.weight"] + 2.0 * product)
     same = {key for key, value in model["mm"].items() if torch.equal(value, model["merged"][key])}
     assert {key for key in model["mm"] if "text_decoder" not in key or "linear_proj" not in key} == same
+    with zipfile.ZipFile(tmp_path / "merged/release/mp_rank_00/model_optim_rng.pt") as archive:
+        assert archive.testzip() is None
+    check_manifest(tmp_path / "merged/release")
 
 
 def test_what_is_no_adapter_is_refused(base: Path, tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ def test_records_lie_where_torch_put_them(tmp_path: Path) -> None:
 
 def test_a_planned_container_is_a_zip_file_with_aligned_records(tmp_path: Path) -> None:
     layout = plan_archive(b"pickle", {"0": 10, "1": 0, "2": 300}, stem="name")
-    data = bytearray(layout.nbytes)
-    for offset, literal in layout.literals:
+    data = bytearray(layout.file.nbytes)
+    for offset, literal in layout.file.literals:
         data[offset : offset + len(literal)] = literal
     (tmp_path / "x.pt").write_bytes(data)
     with zipfile.ZipFile(tmp_path / "x.pt") as archive:
@@ -44,8 +44,8 @@ def test_a_planned_container_is_a_zip_file_with_aligned_records(tmp_path: Path) 
 def test_records_beyond_four_gigabytes_have_64_bit_fields(tmp_path: Path) -> None:
     layout = plan_archive(b"p", {"0": 5 << 30, "1": 8}, stem="m")
     with (tmp_path / "x.pt").open("wb") as file:
-        file.truncate(layout.nbytes)  # a file with holes: it takes no room
-        for offset, literal in layout.literals:
+        file.truncate(layout.file.nbytes)  # a file with holes: it takes no room
+        for offset, literal in layout.file.literals:
             file.seek(offset)
             file.write(literal)
     records = read_archive(tmp_path / "x.pt")

@@ -247,8 +247,8 @@ def test_a_planned_shard_loads_in_torch_once_its_tensors_are_filled_in(tmp_path:
         values[dtype.name] = torch.arange(6).reshape(2, 3).to(getattr(torch, dtype.name))
         nodes[dtype.name], _ = planner.tensor(dtype, (2, 3))
     planned = planner.finish({"model": nodes, "checkpoint_version": 3.0})
-    data = bytearray(planned.nbytes)
-    for offset, literal in planned.literals:
+    data = bytearray(planned.layout.nbytes)
+    for offset, literal in planned.layout.literals:
         data[offset : offset + len(literal)] = literal
     for stored, value in zip(planned.tensors, values.values(), strict=True):
         data[stored.offset : stored.offset + stored.nbytes] = value.reshape(-1).view(torch.uint8).numpy().tobytes()
