@@ -69,11 +69,14 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
     """The three groups of a command line.
 
     Raises:
-        SystemExit: argparse's 2 for arguments that are missing or unknown.
-        ConfigError: arguments that this training cannot follow.
+        SystemExit: argparse's 2 for arguments that are missing or malformed.
+        ConfigError: arguments that are unknown or that this training cannot follow.
     """
     groups = transformers.HfArgumentParser([ModelArguments, DataArguments, TrainingArguments])  # type: ignore[list-item]
-    model, data, training = groups.parse_args_into_dataclasses(args=argv)
+    try:
+        model, data, training = groups.parse_args_into_dataclasses(args=argv)
+    except ValueError as error:
+        raise ConfigError("command line", str(error)) from None
     problems = []
     if not training.output_dir:
         problems.append("output_dir is missing: it says where the trained checkpoint goes.")

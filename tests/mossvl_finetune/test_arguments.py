@@ -53,8 +53,8 @@ def test_what_is_needed(missing: str, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_misspelt_arguments_are_refused() -> None:
-    with pytest.raises((SystemExit, ValueError)):
-        parse_arguments([*NEEDED, "--tune_visoin", "True"])
+    with pytest.raises(ConfigError, match="tune_visoin"):
+        parse_arguments([*NEEDED, "--use_cpu", "True", "--tune_visoin", "True"])
 
 
 def test_all_problems_are_told_together() -> None:
