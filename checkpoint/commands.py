@@ -31,7 +31,7 @@ from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.plan import StagePlan
 from mindspeed_mm.storage.layout import RELEASE, Iteration
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)I?B?\Z", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\Z", re.IGNORECASE)
 
 
 logger = logging.getLogger(__name__)
@@ -201,7 +201,8 @@ def as_bytes(text: str | None) -> int | None:
     if text is None:
         return None
     match = _SIZE.match(text.strip())
-    size = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    base = 1024 if match and match[3] else 1000
+    size = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " ")) if match else 0
     if size <= 0:
         raise ConfigError("cfg.max_shard_size", f'"{text}" is no size; expected something like 5GB.')
     return size

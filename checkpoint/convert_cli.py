@@ -57,7 +57,7 @@ def resplit(cfg: ResplitConfig) -> None:
     _show(commands.resplit(cfg), cfg.target_dir)
 
 
-def verify(cfg: VerifyConfig) -> None:
+def verify(cfg: VerifyConfig) -> int:
     """Compare the weights of two checkpoints of any kind; exit code 1 if they differ.
 
     Args:
@@ -67,11 +67,8 @@ def verify(cfg: VerifyConfig) -> None:
 
     comparison = commands.verify(cfg)
     print(comparison.table())
-    if comparison.is_same:
-        print("the weights are the same")
-    else:
-        print(f"first difference: {comparison.first}")
-        sys.exit(1)
+    print("the weights are the same" if comparison.is_same else f"first difference: {comparison.first}")
+    return 0 if comparison.is_same else 1
 
 
 def merge(cfg: MergeConfig) -> None:
@@ -129,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `mm-convert`; the exit code is 0, or that of the error (see mindspeed_mm.errors)."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        CLI(
+        code = CLI(
             {"Qwen2VLConverter": QWEN2VL},
             args=None if arguments is None else list(arguments),
             prog="mm-convert",
@@ -141,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 if __name__ == "__main__":
