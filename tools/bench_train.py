@@ -166,7 +166,7 @@ def our_step(
     fill(chunk, read_stage(directory, model, plan, plan.at(0), 0))
     models = wrap_chunks([chunk], settings, training)
     optimizer = build_optimizer(settings, training, models)
-    connect_schedule(models, optimizer)
+    connect_schedule(models, optimizer, groups.embedding)
     batch = to_batch(inputs, config)
 
     def step() -> None:

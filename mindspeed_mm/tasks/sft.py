@@ -51,8 +51,13 @@ def check_supported(run: RunConfig) -> None:
         ConfigError: naming every such setting.
     """
     problems = []
-    if run.parallel.vp_size > 1:
-        problems.append("--virtual-pipeline-model-parallel-size > 1: the interleaved schedule is not available yet.")
+    micro_batches = run.training.num_micro_batches(run.parallel.dp_size)
+    if run.parallel.vp_size > 1 and micro_batches % run.parallel.pp_size:
+        problems.append(
+            f"--virtual-pipeline-model-parallel-size {run.parallel.vp_size}: the interleaved schedule needs a number of\n"
+            f"micro-batches that is a multiple of the {run.parallel.pp_size} pipeline ranks; there are {micro_batches}.\n"
+            "Change --global-batch-size or --micro-batch-size."
+        )
     if run.parallel.cp_size > 1:
         problems.append("--context-parallel-size > 1: context parallelism is not available yet.")
     if run.parallel.sequence_parallel and run.parallel.tp_size > 1:

@@ -103,7 +103,7 @@ def wrap_chunks(
 def _copy_tied_embedding(chunks: Sequence[Qwen2VLChunk], group: dist.ProcessGroup) -> None:
     """Give the head's copy of a randomly made tied embedding the values of the original."""
     for chunk in chunks:
-        weight = chunk.shared_embedding_or_output_weight() if chunk.share_embeddings_and_output_weights else None
+        weight = chunk.tied_weight()
         if weight is not None:
             if not chunk.pre_process:
                 weight.data.zero_()

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core.distributed import finalize_model_grads
+import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from mindspeed_mm.errors import InterruptedRunError, NumericError
 from mindspeed_mm.plan.flops import SampleShape, training_flops
 from mindspeed_mm.training.checkpoint import Trainee, TrainState, save_checkpoint
+from mindspeed_mm.training.gradients import GradientFinalizer
 from mindspeed_mm.training.metrics import IterationMetrics, Reporter
 from mindspeed_mm.training.norms import parameters_norm
 from mindspeed_mm.training.optimizer import current_learning_rate
@@ -77,7 +78,8 @@ class Trainer:
             InterruptedRunError: a signal asked for the end; the position was saved where there is a place for it.
         """
         training, checkpoint = self.run.training, self.run.checkpoint
-        connect_schedule(self.models, self.optimizer, overlaps_gather=self.run.optimizer.overlap_param_gather)
+        overlaps_gather = self.run.optimizer.overlap_param_gather
+        connect_schedule(self.models, self.optimizer, self.groups.embedding, overlaps_gather=overlaps_gather)
         requests = StopRequests(self.platform.device, training.exit_duration_in_mins)
         with requests.listening() if training.exit_signal_handler else nullcontext():
             saved_at, reason = self._loop(requests)
@@ -236,11 +238,15 @@ class Trainer:
 
 
 def connect_schedule(
-    models: list[DistributedDataParallel], optimizer: MegatronOptimizer | None, *, overlaps_gather: bool = False
+    models: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer | None,
+    embedding_group: dist.ProcessGroup | None,
+    *,
+    overlaps_gather: bool = False,
 ) -> None:
     """Give megatron's schedules the functions that finish gradients and hold back their reduction."""
     config: Any = models[0].module.config
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = GradientFinalizer(embedding_group)
     config.grad_scale_func = None if optimizer is None else optimizer.scale_loss
     if models[0].ddp_config.overlap_grad_reduce:
         config.no_sync_func = _one_or_all([model.no_sync for model in models])

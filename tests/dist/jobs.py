@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -31,7 +32,7 @@ class Workplace:
         """data.json."""
         return self.root / "data.json"
 
-    def model(self, vision: tuple[int, ...], text: tuple[int, ...]) -> Path:
+    def model(self, vision: tuple[Any, ...], text: tuple[Any, ...]) -> Path:
         """A model.json with these stage lists and nothing frozen."""
         config = json.loads((self.hf / "config.json").read_text())
         content = model_json_from_hf(config)
@@ -39,7 +40,7 @@ class Workplace:
         encoder["freeze"] = projector["freeze"] = False
         if len(text) > 1:
             encoder["pipeline_num_layers"], content["text_decoder"]["pipeline_num_layers"] = list(vision), list(text)
-        path = self.root / f"model-{'.'.join(map(str, vision))}-{'.'.join(map(str, text))}.json"
+        path = self.root / f"model-{'.'.join(map(str, vision))}-{'.'.join(map(str, text))}.json".replace(" ", "")
         path.write_text(json.dumps(content))
         return path
 

@@ -23,8 +23,8 @@ class Layout:
     name: str
     world_size: int
     flags: tuple[str, ...]
-    vision: tuple[int, ...] = (4,)
-    text: tuple[int, ...] = (4,)
+    vision: tuple[Any, ...] = (4,)
+    text: tuple[Any, ...] = (4,)
 
 
 LAYOUTS = [
@@ -32,6 +32,13 @@ LAYOUTS = [
     Layout("tp2pp1", 2, ("--tensor-model-parallel-size", "2")),
     Layout("dp2-distributed", 2, ("--use-distributed-optimizer", "--micro-batch-size", "1")),
     Layout("bf16", 1, ("--bf16",)),
+    Layout(
+        "pp2vp2",
+        2,
+        ("--pipeline-model-parallel-size", "2", "--virtual-pipeline-model-parallel-size", "2"),
+        ((2, 2), (0, 0)),
+        ((0, 1), (1, 2)),
+    ),
 ]
 
 

@@ -12,10 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoint.load import read_stage
 from mindspeed_mm.config import OptimizerConfig, ParallelConfig, RuntimeConfig, TrainingConfig
 from mindspeed_mm.ops.batch import Batch
 from mindspeed_mm.plan import StagePlan
-from tests.parity.problem import make_samples, read_config, to_batch, train_everything, with_layout
+from tests.parity.problem import (
+    Layers,
+    make_samples,
+    read_config,
+    to_batch,
+    train_everything,
+    with_layout,
+    with_recompute,
+)
 from tests.parity.reference import CLIP, LEARNING_RATE, WEIGHT_DECAY
 
 
@@ -25,9 +34,11 @@ class Case:
 
     tp: int = 1
     pp: int = 1
-    vision: tuple[int, ...] = ()
-    text: tuple[int, ...] = ()
+    vision: Layers = ()
+    text: Layers = ()
     dp: int = 1
+    vp: int = 1
+    recompute: str = ""
     distributed_optimizer: bool = False
     bf16: bool = False
     steps: int = 20
@@ -40,9 +51,14 @@ class Case:
     @property
     def name(self) -> str:
         """Identifier in test reports."""
-        lists = f"-v{'.'.join(map(str, self.vision))}-t{'.'.join(map(str, self.text))}" if self.pp > 1 else ""
-        flags = ("-dp2" if self.dp > 1 else "") + ("-dist" if self.distributed_optimizer else "")
-        return f"tp{self.tp}pp{self.pp}{lists}{flags}" + ("-bf16" if self.bf16 else "")
+        lists = f"-v{_join(self.vision)}-t{_join(self.text)}" if self.pp > 1 else ""
+        flags = [f"dp{self.dp}"] * (self.dp > 1) + ["dist"] * self.distributed_optimizer + ["bf16"] * self.bf16
+        flags += [self.recompute] * bool(self.recompute)
+        return "-".join([f"tp{self.tp}pp{self.pp}" + (f"vp{self.vp}" if self.vp > 1 else "") + lists, *flags])
+
+
+def _join(layers: Layers) -> str:
+    return ".".join("_".join(map(str, entry)) if isinstance(entry, tuple) else str(entry) for entry in layers)
 
 
 @dataclass(frozen=True)
@@ -84,8 +100,10 @@ def _solve(case: Case, checkpoint: Path, out: Path, platform: Any) -> Result | N
     config = read_config(checkpoint)
     model = train_everything(config)
     if case.pp > 1:
-        model = with_layout(model, list(case.vision), list(case.text))
-    parallel = ParallelConfig(tp_size=case.tp, pp_size=case.pp, world_size=case.world_size)
+        model = with_layout(model, case.vision, case.text)
+    if case.recompute:
+        model = with_recompute(model, case.recompute)
+    parallel = ParallelConfig(tp_size=case.tp, pp_size=case.pp, vp_size=case.vp, world_size=case.world_size)
     batches = [to_batch(samples, config) for samples in make_samples(config)]
     training = TrainingConfig(
         micro_batch_size=2,
@@ -103,24 +121,24 @@ def _solve(case: Case, checkpoint: Path, out: Path, platform: Any) -> Result | N
     plan = StagePlan.build(model, parallel)
     groups = init_model_parallel(parallel, plan, timeout_minutes=5)
     seed_everything(platform, 1, groups.ranks)
-    stage = plan.at(groups.ranks.pp_rank)
-    chunk = build_chunk(model, plan, stage, parallel, training, platform, initialize=False)
-    from checkpoint.load import read_stage
-
-    problems = fill(chunk, read_stage(checkpoint, model, plan, stage, groups.ranks.tp_rank))
-    assert not problems, problems
-    models = wrap_chunks([chunk], settings, training)
+    chunks = []
+    for stage in plan.stages_of_rank(groups.ranks.pp_rank):
+        chunk = build_chunk(model, plan, stage, parallel, training, platform, initialize=False)
+        problems = fill(chunk, read_stage(checkpoint, model, plan, stage, groups.ranks.tp_rank))
+        assert not problems, problems
+        chunks.append(chunk)
+    models = wrap_chunks(chunks, settings, training)
     optimizer = build_optimizer(settings, training, models)
-    connect_schedule(models, optimizer)
+    connect_schedule(models, optimizer, groups.embedding)
     # Replicas share the micro-batches out in turn, as the sampler does.
     mine = batches[groups.ranks.dp_rank :: case.dp]
-    job = _Job(models[0], optimizer, mine, groups, platform)
+    job = _Job(models, optimizer, mine, groups, platform)
     logits = job.logits()
     losses, norms = [], []
     for step in range(case.steps):
         loss = job.forward_backward()
         if step == 0 and case.dp == 1:
-            _write_gradients(out, plan, groups, models[0])
+            _write_gradients(out, plan, groups, models)
         _, norm, _ = optimizer.step()
         losses.append(loss)
         norms.append(float(norm))
@@ -131,7 +149,7 @@ def _solve(case: Case, checkpoint: Path, out: Path, platform: Any) -> Result | N
 
 @dataclass
 class _Job:
-    model: Any
+    models: list[Any]
     optimizer: Any
     batches: list[Batch]
     groups: Any
@@ -140,10 +158,11 @@ class _Job:
     def _schedule(self, step: Any, *, forward_only: bool, **kwargs: Any) -> list[Any]:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
+        interleaved = len(self.models) > 1
         return get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=iter(self.batches),
-            model=self.model,
+            data_iterator=[iter(self.batches) for _ in self.models] if interleaved else iter(self.batches),
+            model=self.models if interleaved else self.models[0],
             num_microbatches=len(self.batches),
             seq_length=512,
             micro_batch_size=2,
@@ -166,7 +185,8 @@ class _Job:
         from mindspeed_mm.ops.loss import LossKind
         from mindspeed_mm.training.step import forward_step, summarise
 
-        self.model.zero_grad_buffer()
+        for model in self.models:
+            model.zero_grad_buffer()
         self.optimizer.zero_grad()
         kind = LossKind.PER_MICRO_BATCH
         measures = self._schedule(partial(forward_step, kind=kind), forward_only=False)
@@ -175,7 +195,7 @@ class _Job:
         return summarise(measures, kind, self.groups.dp, self.platform.device).loss
 
 
-def _write_gradients(out: Path, plan: StagePlan, groups: Any, model: Any) -> None:
+def _write_gradients(out: Path, plan: StagePlan, groups: Any, models: list[Any]) -> None:
     """Gradients as an MM checkpoint: the converter then maps them back to Hugging Face names."""
     import torch.distributed as dist
 
@@ -189,7 +209,11 @@ def _write_gradients(out: Path, plan: StagePlan, groups: Any, model: Any) -> Non
         write_file(release / layout.PLAN_FILE, plan.to_json().encode())
         layout.write_tracker(out, layout.RELEASE)
     dist.barrier()
-    gradients = {name: parameter.main_grad.float().clone() for name, parameter in model.module.named_parameters()}
+    keys = ["model"] if len(models) == 1 else [f"model{number}" for number in range(len(models))]
+    gradients = {
+        key: {name: parameter.main_grad.float().clone() for name, parameter in model.module.named_parameters()}
+        for key, model in zip(keys, models, strict=True)
+    }
     folder = make_dir(layout.shard_dir(out, layout.RELEASE, groups.ranks.tp_rank, groups.ranks.pp_rank, plan.pp_size))
-    write_shard(folder / layout.SHARD_FILE, {"checkpoint_version": 3.0, "model": gradients})
+    write_shard(folder / layout.SHARD_FILE, {"checkpoint_version": 3.0, **gradients})
     dist.barrier()

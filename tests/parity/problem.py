@@ -14,11 +14,13 @@ from mindspeed_mm.ops.batch import Batch
 from mindspeed_mm.ops.mrope import mrope_position_ids
 
 Grid = tuple[int, int, int]
+Layers = tuple[int, ...] | tuple[tuple[int, ...], ...]
 
 MICRO_BATCHES: tuple[tuple[tuple[Grid, ...], ...], ...] = (
     (((1, 4, 6),), ((1, 2, 2), (1, 6, 4))),  # one image; two images
     ((), ((1, 4, 4),)),  # text only beside an image
     ((), ()),  # a micro-batch of text alone
+    (((1, 2, 4), (1, 2, 2)), ((1, 6, 2),)),
 )
 """Grids of every sample of every micro-batch."""
 
@@ -55,14 +57,29 @@ def train_everything(config: dict) -> Qwen2VLConfig:
     )
 
 
-def with_layout(model: Qwen2VLConfig, vision: list[int], text: list[int]) -> Qwen2VLConfig:
-    """The same model with stage lists."""
+def with_layout(model: Qwen2VLConfig, vision: Layers, text: Layers) -> Qwen2VLConfig:
+    """The same model with stage lists, flat or one per virtual chunk."""
     assert model.image_encoder is not None
-    encoder = model.image_encoder.vision_encoder.model_copy(update={"pipeline_num_layers": tuple(vision)})
+    encoder = model.image_encoder.vision_encoder.model_copy(update={"pipeline_num_layers": vision})
     return model.model_copy(
         update={
             "image_encoder": model.image_encoder.model_copy(update={"vision_encoder": encoder}),
-            "text_decoder": model.text_decoder.model_copy(update={"pipeline_num_layers": tuple(text)}),
+            "text_decoder": model.text_decoder.model_copy(update={"pipeline_num_layers": text}),
+        }
+    )
+
+
+def with_recompute(model: Qwen2VLConfig, method: str) -> Qwen2VLConfig:
+    """The same model with activation recompute in both towers: "uniform" or "block" over layers, or "selective"."""
+    assert model.image_encoder is not None
+    fields: dict[str, str | int] = {"recompute_granularity": "selective"}
+    if method != "selective":
+        fields = {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": 1}
+    encoder = model.image_encoder.vision_encoder.model_copy(update=fields)
+    return model.model_copy(
+        update={
+            "image_encoder": model.image_encoder.model_copy(update={"vision_encoder": encoder}),
+            "text_decoder": model.text_decoder.model_copy(update=fields),
         }
     )
 

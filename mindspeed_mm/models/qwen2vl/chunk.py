@@ -57,7 +57,11 @@ class Qwen2VLChunk(MegatronModule):
                 recompute_num_layers=None,
                 pipeline_model_parallel_size=parallel.pp_size,
                 pipeline_dtype=DTYPES[training.params_dtype],
-                batch_p2p_comm=True,
+                virtual_pipeline_model_parallel_size=parallel.vp_size if parallel.vp_size > 1 else None,
+                # With two stages both neighbours are one process: batched sends of the interleaved schedule mix them
+                # up.
+                batch_p2p_comm=parallel.vp_size == 1,
+                overlap_p2p_comm=parallel.vp_size > 1,
                 deallocate_pipeline_outputs=True,
                 calculate_per_token_loss=training.calculate_per_token_loss,
             )
@@ -68,9 +72,10 @@ class Qwen2VLChunk(MegatronModule):
         self.pre_process = Part.TOKEN_EMBED in stage.parts
         self.post_process = Part.LM_HEAD in stage.parts
         self.vp_stage = stage.vp_stage if plan.vp_size > 1 else None
-        self.share_embeddings_and_output_weights = plan.is_tied and plan.stage_of(Part.TOKEN_EMBED) != plan.stage_of(
-            Part.LM_HEAD
-        )
+        # Megatron looks for the tied weights on the first and the last pipeline rank, where the plan need not have put
+        # them; `mindspeed_mm.training.gradients` sums their gradients instead.
+        self.share_embeddings_and_output_weights = False
+        self.holds_tied_copy = plan.is_tied and plan.stage_of(Part.TOKEN_EMBED) != plan.stage_of(Part.LM_HEAD)
         self._received: Tensor | None = None
         self.image_encoder: ImageEncoder | None = None
         self.text_decoder: TextDecoder | None = None
@@ -85,14 +90,20 @@ class Qwen2VLChunk(MegatronModule):
                 text, stage, parallel, training, kernels, is_tied=plan.is_tied, initialize=initialize
             )
             self.text_decoder.requires_grad_(not text.freeze)
+        tied = self.tied_weight()
+        if tied is not None:
+            # A bucket of its own on both stages: the distributed optimizer then splits both copies alike.
+            setattr(tied, "shared_embedding", True)  # noqa: B010, torch types no such attribute
+            # Megatron leaves a parameter so marked out of the gradient norm: the original counts once.
+            setattr(tied, "shared", not self.pre_process)  # noqa: B010
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """Take what the stage before sent; called by megatron's schedules before every forward pass."""
         self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
-    def shared_embedding_or_output_weight(self) -> torch.nn.Parameter | None:
-        """The copy of the tied embedding that this chunk holds; megatron sums the gradients of both copies."""
-        if self.text_decoder is None:
+    def tied_weight(self) -> torch.nn.Parameter | None:
+        """The embedding, or the output head's copy of it, where the two live on different stages; None otherwise."""
+        if not self.holds_tied_copy or self.text_decoder is None:
             return None
         if self.text_decoder.embedding is not None:
             return self.text_decoder.embedding.word_embeddings.weight

@@ -121,10 +121,6 @@ class TextDecoder(nn.Module):
                 gather_output=False,
                 skip_weight_param_allocation=self.shares_embedding,
             )
-            if is_tied and not self.shares_embedding:
-                # Megatron leaves a parameter so marked out of the gradient norm: the original counts once.
-                self.output_layer.weight.shared = True
-                self.output_layer.weight.shared_embedding = True
 
     def embed(self, input_ids: Tensor, image_rows: Tensor, image_embeds: Tensor | None) -> Tensor:
         """Token embeddings with the rows of vision tokens replaced.
