@@ -54,8 +54,8 @@ def check_supported(run: RunConfig) -> None:
     micro_batches = run.training.num_micro_batches(run.parallel.dp_size)
     if run.parallel.vp_size > 1 and micro_batches % run.parallel.pp_size:
         problems.append(
-            f"--virtual-pipeline-model-parallel-size {run.parallel.vp_size}: the interleaved schedule needs a number of\n"
-            f"micro-batches that is a multiple of the {run.parallel.pp_size} pipeline ranks; there are {micro_batches}.\n"
+            f"--virtual-pipeline-model-parallel-size {run.parallel.vp_size}: the interleaved schedule needs micro-batches\n"
+            f"in multiples of the {run.parallel.pp_size} pipeline ranks, and a replica has {micro_batches} of them.\n"
             "Change --global-batch-size or --micro-batch-size."
         )
     if run.parallel.cp_size > 1:
