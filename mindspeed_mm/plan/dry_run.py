@@ -6,9 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mindspeed_mm.plan.auto import balanced_lists, layer_costs
+from mindspeed_mm.plan.auto import balanced_lists
 from mindspeed_mm.plan.checks import shown
-from mindspeed_mm.plan.estimate import Memory, estimate_memory, model_parameters, sample_shape, stage_parameters
+from mindspeed_mm.plan.estimate import (
+    Memory,
+    estimate_memory,
+    model_parameters,
+    sample_shape,
+    stage_parameters,
+    stage_work,
+)
 from mindspeed_mm.plan.flops import SampleShape, training_flops
 from mindspeed_mm.plan.stage import StagePlan, Tower
 
@@ -133,15 +140,8 @@ def plan_table(model: Qwen2VLConfig, plan: StagePlan) -> str:
 
 def rank_work(model: Qwen2VLConfig, plan: StagePlan, shape: SampleShape) -> list[float]:
     """FLOPs of one sample's training step on every pipeline rank, over all tensor ranks."""
-    costs = layer_costs(model, training_flops(model, shape))
-    vision, text = costs[: plan.vision_layers], costs[plan.vision_layers :]
-    return [
-        sum(
-            sum(vision[stage.vision.start : stage.vision.stop]) + sum(text[stage.text.start : stage.text.stop])
-            for stage in plan.stages_of_rank(pp_rank)
-        )
-        for pp_rank in range(plan.pp_size)
-    ]
+    work = training_flops(model, shape)
+    return [sum(stage_work(work, stage) for stage in plan.stages_of_rank(rank)) for rank in range(plan.pp_size)]
 
 
 def balance(work: Sequence[float]) -> float:

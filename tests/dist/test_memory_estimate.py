@@ -1,4 +1,4 @@
-"""The memory estimates are the bytes of tensors on real ranks: chunks, Megatron's DDP and optimizer, kept activations."""
+"""The memory estimates are the bytes of tensors on real ranks: chunks, DDP, Megatron's optimizer, kept activations."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CASES = {
     2: [
         Case(dp=2),
         Case(dp=2, bf16=True, distributed=True, overlap=True),
-        Case(dp=2, distributed=True, optimizer="sgd"),
+        Case(dp=2, bf16=True, optimizer="sgd"),
         Case(tp=2, bf16=True),
         Case(pp=2, bf16=True, model=TIED),
         Case(pp=2, vp=2, model=FROZEN_VISION),
@@ -61,7 +61,7 @@ SGD_MOMENTUM = 0.9
 
 
 def memory_pairs(world_size: int) -> list[tuple[Memory, tuple[int, int, int]]]:
-    """(estimate, measured weights, gradients and optimizer bytes) of this rank for every case of that many processes."""
+    """(estimate, measured weights, gradients and optimizer bytes) of this rank for every case of so many processes."""
     from mindspeed_mm.platform.groups import destroy, init_process_group
     from mindspeed_mm.platform.select import activate, choose_platform
 
@@ -271,13 +271,15 @@ def build_batch(size: Size) -> Batch:
 
 def activation_pairs(sizes: list[Size]) -> list[list[tuple[int, int]]]:
     """(estimated, kept) bytes of every stage of every size."""
-    from mindspeed_mm.models.qwen2vl import text
     from mindspeed_mm.platform.groups import destroy, init_model_parallel, init_process_group, seed_everything
     from mindspeed_mm.platform.select import activate, choose_platform
 
-    assert text.LOGITS_BYTES == LOGITS_BYTES
     platform = choose_platform("cpu")
     activate(platform)
+    # imports megatron, which must see the activated platform
+    from mindspeed_mm.models.qwen2vl import text
+
+    assert text.LOGITS_BYTES == LOGITS_BYTES
     init_process_group(platform, RuntimeConfig(distributed_timeout_minutes=2))
     tensor_ranks = ParallelConfig(tp_size=sizes[0].tp, world_size=sizes[0].tp)
     groups = init_model_parallel(tensor_ranks, StagePlan.build(small_model(), tensor_ranks), timeout_minutes=2)

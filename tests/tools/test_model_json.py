@@ -59,7 +59,7 @@ def test_the_command_writes_a_file_that_loads(hf_dir: Path, tmp_path: Path, caps
 def test_a_fixed_layout_holds_the_lists_that_auto_chooses(hf_dir: Path, tmp_path: Path) -> None:
     output = tmp_path / "model.json"
     assert main(["--from-hf", str(hf_dir), "-o", str(output), "--pp", "4", "--layout", "fixed"]) == 0
-    assert load_settings(Qwen2VLConfig, output).text_decoder.pipeline_num_layers == (7, 8, 8, 5)
+    assert load_settings(Qwen2VLConfig, output).text_decoder.pipeline_num_layers == (6, 8, 8, 6)
 
 
 def test_an_error_ends_with_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

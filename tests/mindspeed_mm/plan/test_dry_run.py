@@ -40,7 +40,7 @@ def test_parameters_of_every_stage_are_shown() -> None:
 
 
 def test_a_better_balance_is_suggested() -> None:
-    assert '"auto" would choose vision [32, 0, 0, 0], text [7, 8, 8, 5], on average 98%.' in report("7b")
+    assert '"auto" would choose vision [32, 0, 0, 0], text [6, 8, 8, 6], on average 96%.' in report("7b")
     assert '"auto" would choose' not in report("2b")
 
 

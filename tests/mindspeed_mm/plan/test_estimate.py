@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from mindspeed_mm.config import OptimizerConfig, ParallelConfig, Qwen2VLConfig, TrainingConfig, load_settings
@@ -7,11 +9,10 @@ from mindspeed_mm.plan import StagePlan
 from mindspeed_mm.plan.estimate import (
     Memory,
     estimate_memory,
-    micro_batches_in_flight,
     model_parameters,
-    stage_modules,
     stage_parameters,
 )
+from mindspeed_mm.plan.parameters import stage_tensors
 
 from ..config.launch import FILES
 from .models import parallel, small_model
@@ -48,7 +49,9 @@ def test_trained_parameters_follow_the_freezes() -> None:
     plan = StagePlan.build(small_model(), parallel())
     whole = plan.stages[0]
     total, _ = stage_parameters(small_model(), plan, whole)
-    parts = {module.name: module.count for module in stage_modules(small_model(), plan, whole)}
+    parts = Counter[str]()
+    for tensor in stage_tensors(small_model(), plan, whole):
+        parts[tensor.module] += tensor.count
     vision, projector = parts["patch_embed"] + parts["vision layers"], parts["projector"]
     assert stage_parameters(small_model(), plan, whole)[1] == total
     assert stage_parameters(small_model(freeze_vision=True), plan, whole)[1] == total - vision
@@ -75,26 +78,20 @@ def memory_of(
 def test_memory_of_weights_gradients_and_optimizer_follows_from_the_parameters() -> None:
     (total, trained), memory = memory_of(freeze_vision=True)
     assert (memory.weights_bytes, memory.gradients_bytes) == (2 * total, 4 * trained)
-    # fp32 weights and two moments
-    assert memory.optimizer_bytes == 12 * trained
+    # fp32 weights and two moments, and one step counter per tensor
+    tensors = 2 + 4 + 1 + 6 * 7 + 2
+    assert memory.optimizer_bytes == 12 * trained + 4 * tensors
     (total, trained), memory = memory_of(bf16=False)
-    assert (memory.weights_bytes, memory.gradients_bytes, memory.optimizer_bytes) == (4 * total, 4 * total, 8 * total)
+    assert (memory.weights_bytes, memory.gradients_bytes) == (4 * total, 4 * total)
+    assert memory.optimizer_bytes == 8 * total + 4 * (1 + 4 * 12 + tensors)
 
 
 def test_the_distributed_optimizer_splits_its_state_over_the_replicas() -> None:
-    assert memory_of(distributed=True)[1].optimizer_bytes == -(-memory_of()[1].optimizer_bytes // 4)
+    assert memory_of(distributed=True)[1].optimizer_bytes == pytest.approx(memory_of()[1].optimizer_bytes / 4, rel=0.01)
 
 
 def test_frozen_vision_keeps_no_activations() -> None:
     assert memory_of(freeze_vision=True)[1].activations_bytes < memory_of()[1].activations_bytes
-
-
-def test_early_ranks_hold_more_micro_batches() -> None:
-    plan = StagePlan.build(small_model(), parallel(pp=4))
-    assert [micro_batches_in_flight(plan, rank, 8) for rank in range(4)] == [4, 3, 2, 1]
-    assert micro_batches_in_flight(plan, 0, 2) == 2
-    chunked = StagePlan.build(small_model(), parallel(pp=2, vp=2))
-    assert [micro_batches_in_flight(chunked, rank, 8) for rank in range(2)] == [5, 3]
 
 
 def test_recomputation_keeps_less() -> None:
