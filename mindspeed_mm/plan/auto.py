@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
+from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.plan.flops import SampleShape, Work, training_flops
 
 if TYPE_CHECKING:
@@ -28,27 +29,32 @@ def balanced_lists(
     Returns:
         Two nested lists: one inner tuple per virtual chunk, one entry per pipeline rank.
     """
-    num_stages = pp_size * vp_size
-    vision_layers = model.vision_layers
     costs = layer_costs(model, training_flops(model, shape or SampleShape()))
-    most_vision_only = most_vision_only_stages(model, pp_size, num_stages)
+    cuts = best_cuts(costs, pp_size * vp_size, legal_ends(model, pp_size, vp_size))
+    return lists_of_cuts(cuts, model.vision_layers, pp_size)
 
-    def is_allowed(stage: int, end: int) -> bool:
-        return end > vision_layers or stage < most_vision_only
 
-    cuts = best_cuts(costs, num_stages, is_allowed)
+def legal_ends(model: Qwen2VLConfig, pp_size: int, vp_size: int) -> Callable[[int, int], bool]:
+    """Whether stage number s may end before layer e: not if a pipeline rank were left with frozen layers only."""
+    most_vision_only = most_vision_only_stages(model, pp_size, pp_size * vp_size)
+    return lambda stage, end: end > model.vision_layers or stage < most_vision_only
+
+
+def lists_of_cuts(cuts: Sequence[int], vision_layers: int, pp_size: int) -> tuple[NestedLists, NestedLists]:
+    """Vision and text layers per stage of contiguous cuts through all layers, vision first."""
     vision = [max(0, min(end, vision_layers) - start) for start, end in pairwise(cuts)]
     text = [end - start - count for (start, end), count in zip(pairwise(cuts), vision, strict=True)]
     return _by_chunk(vision, pp_size), _by_chunk(text, pp_size)
 
 
 def layer_costs(model: Qwen2VLConfig, work: Work) -> list[float]:
-    """FLOPs of every layer in forward order, vision first; each part counts with the layer that it stands beside."""
+    """The cost of every layer in forward order, vision first; each part counts with the layer that it stands beside."""
     vision = [work.vision_layer] * model.vision_layers
     text = [work.text_layer] * model.text_decoder.num_layers
     if vision:
         vision[0] += work.patch_embed
         vision[-1] += work.projector
+    text[0] += work.token_embed
     text[-1] += work.lm_head
     return vision + text
 
@@ -69,6 +75,8 @@ def best_cuts(costs: Sequence[float], num_stages: int, is_allowed: Callable[[int
         is_allowed: whether stage number s may end before position e.
     Returns:
         `num_stages + 1` positions from 0 to `len(costs)`.
+    Raises:
+        ConfigError: there is no such cut.
     """
     slowest = _search(costs, num_stages, is_allowed, combine=max)[0]
     # among all cuts that reach the optimum, the least sum of squares
@@ -105,7 +113,12 @@ def _search(
                     following[end] = (value, [*done[1], end])
         best = following
     result = best[end_of_all]
-    assert result is not None, "there are at least as many layers as stages"
+    if result is None:
+        raise ConfigError(
+            "stage plan",
+            f"{end_of_all} layers cannot be dealt to {num_stages} stages so that each has a layer and every pipeline "
+            "rank something to train: use fewer stages.",
+        )
     return result
 
 

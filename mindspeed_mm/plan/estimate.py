@@ -50,8 +50,13 @@ def model_parameters(model: Qwen2VLConfig) -> tuple[int, int]:
 
 
 def stage_work(work: Work, stage: Stage) -> float:
-    """FLOPs of everything that a stage holds, over all tensor ranks."""
-    parts = {Part.PATCH_EMBED: work.patch_embed, Part.PROJECTOR: work.projector, Part.LM_HEAD: work.lm_head}
+    """What everything that a stage holds costs, over all tensor ranks; in the unit of `work`."""
+    parts = {
+        Part.PATCH_EMBED: work.patch_embed,
+        Part.PROJECTOR: work.projector,
+        Part.TOKEN_EMBED: work.token_embed,
+        Part.LM_HEAD: work.lm_head,
+    }
     layers = len(stage.vision) * work.vision_layer + len(stage.text) * work.text_layer
     return layers + sum(flops for part, flops in parts.items() if part in stage.parts)
 

@@ -42,13 +42,15 @@ class SampleShape:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """FLOPs of one sample, per layer and part."""
+    """What one sample costs, per layer and part: FLOPs, or measured seconds."""
 
     vision_layer: float
     patch_embed: float
     projector: float
     text_layer: float
     lm_head: float
+    token_embed: float = 0.0
+    """No product of matrices, so no FLOPs."""
 
     def __add__(self, other: Work) -> Work:
         return Work(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))

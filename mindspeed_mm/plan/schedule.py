@@ -56,6 +56,17 @@ class Timeline:
         """Share of the time that they wait, 0 to 1."""
         return 1.0 - self.efficiency
 
+    @property
+    def ideal_length(self) -> float:
+        """Length of the schedule with the same work dealt evenly."""
+        work = sum(self.busy(rank) for rank in range(self.pp_size)) / self.num_micro_batches
+        return ideal_length(work, pp_size=self.pp_size, vp_size=self.vp_size, num_micro_batches=self.num_micro_batches)
+
+    @property
+    def share_of_ideal(self) -> float:
+        """That length against this one's: 1 is perfect balance."""
+        return self.ideal_length / self.length
+
 
 def rank_steps(pp_rank: int, pp_size: int, vp_size: int, num_micro_batches: int) -> list[Step]:
     """What a pipeline rank does, in order: 1F1B, or interleaved 1F1B with virtual chunks.
