@@ -21,7 +21,9 @@ from mindspeed_mm.storage.checksums import RunningChecksums
 from mindspeed_mm.storage.files import make_dir, open_new, write_errors
 from mindspeed_mm.storage.manifest import FileRecord
 
-CHUNK_BYTES = 4 << 20
+SYNC_BYTES = 256 << 20
+"""A file is made durable in steps of this size while it is still written, so that little is left to wait for."""
+CHUNK_BYTES = 1 << 20
 """Size of a worker's buffer: small enough for the processor's cache, large enough that calls cost nothing."""
 
 # Largest bit pattern of a finite number without its sign bit; patterns above are infinities and NaN.
@@ -31,6 +33,9 @@ _FINITE = {
     "float32": ("u4", 0x7F7FFFFF),
     "float64": ("u8", 0x7FEFFFFFFFFFFFFF),
 }
+
+
+_UNOPENED, _CLOSED = -1, -2
 
 
 class Progress(Protocol):
@@ -78,7 +83,7 @@ def execute(
 
     Args:
         files: their paths are below `root` and new.
-        workers: threads; memory is about 12 MiB for each, whatever the size of the checkpoint.
+        workers: threads; memory is a few MiB for each, whatever the size of the checkpoint.
         allow_nan: numbers that are not finite are copied like others.
     Returns:
         Size and hash of every file, in order.
@@ -116,12 +121,13 @@ class _FileState:
         self.checksums = RunningChecksums(file.layout.checksums)
         self.turn = threading.Condition()
         self.next = 0
-        self.unwritten = 0
-        self.descriptor = -1
+        self.written = 0
+        self.dirty = 0
+        self.descriptor = _UNOPENED
 
     def open(self) -> None:
         with self.turn:
-            if self.descriptor < 0:
+            if self.descriptor == _UNOPENED:
                 self.descriptor = open_new(self.file.path)
 
     def digest(self) -> str:
@@ -144,8 +150,8 @@ class _Run:
         self._queue_lock = threading.Lock()
 
     def carry_out(self, workers: int) -> None:
-        with ThreadPoolExecutor(workers + 1, "convert") as pool:
-            self._pool = pool
+        # One thread that syncs keeps the order: the call that closes a file comes after all others for it.
+        with ThreadPoolExecutor(workers, "convert") as pool, ThreadPoolExecutor(1, "sync") as self._syncer:
             tasks = [pool.submit(self._work) for _ in range(workers)]
             done, _ = wait(tasks, return_when=FIRST_EXCEPTION)
             for task in [*done, *tasks]:
@@ -206,19 +212,25 @@ class _Run:
                 done += os.pwrite(state.descriptor, view[done:], chunk.offset + done)
         if self.progress is not None:
             self.progress.add(chunk.nbytes)
-        self._finish_if_complete(state, chunk)
+        self._count(state, chunk)
 
-    def _finish_if_complete(self, state: _FileState, chunk: _Chunk) -> None:
+    def _count(self, state: _FileState, chunk: _Chunk) -> None:
+        """Note that a chunk is written; hand a file that is complete, or has much to sync, to the thread for that."""
         with state.turn:
-            state.unwritten += chunk.nbytes
-            if state.unwritten == state.file.nbytes:
-                self._syncs.append(self._pool.submit(self._sync, state))
+            state.written += chunk.nbytes
+            state.dirty += chunk.nbytes
+            is_complete = state.written == state.file.nbytes
+            if not is_complete and state.dirty < SYNC_BYTES:
+                return
+            state.dirty = 0
+        self._syncs.append(self._syncer.submit(self._sync, state, close=is_complete))
 
-    def _sync(self, state: _FileState) -> None:
+    def _sync(self, state: _FileState, *, close: bool) -> None:
         with write_errors(state.file.path):
             os.fsync(state.descriptor)
-            descriptor, state.descriptor = state.descriptor, -2
-            os.close(descriptor)
+            if close:
+                descriptor, state.descriptor = state.descriptor, _CLOSED
+                os.close(descriptor)
 
     def _look_for_nan(self, chunk: _Chunk, view: memoryview) -> None:
         start = end = 0

@@ -96,7 +96,7 @@ def check_apart(source: Path, target: Path) -> None:
 def stamped(folder: Path) -> Sources:
     """Sources that know what all files below `folder` look like now."""
     sources = Sources()
-    paths = [Path(root) / name for root, _, names in os.walk(folder, followlinks=True) for name in names]
+    paths = [Path(root) / name for root, _, names in os.walk(folder) for name in names]
     sources.stamp(path for path in paths if path.is_file())
     return sources
 

@@ -13,7 +13,7 @@ import numpy as np
 from checkpoint.transfer import Piece, Segment
 from mindspeed_mm.errors import CheckpointError
 
-MAX_SPAN_BYTES = 8 << 20
+MAX_SPAN_BYTES = 1 << 20
 """Most bytes that a strided read takes from a source at once, to keep some of them."""
 STEP_BYTES = 1 << 20
 """Bytes of a contiguous range that are read at once where nothing else asks for a size."""

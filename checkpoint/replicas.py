@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from checkpoint.ranges import Sources
 from checkpoint.rules.base import Weight
 from checkpoint.stores.base import WeightStore, raise_problems
@@ -38,6 +40,7 @@ def find_difference(sources: Sources, ours: StoredTensor, theirs: StoredTensor) 
         count = min(step, ours.nbytes - start)
         sources.read_into(ours.path, ours.offset + start, left[:count])
         sources.read_into(theirs.path, theirs.offset + start, right[:count])
-        if left[:count] != right[:count]:
-            return start + next(place for place in range(count) if left[place] != right[place])
+        is_different = np.not_equal(np.frombuffer(left[:count], np.uint8), np.frombuffer(right[:count], np.uint8))
+        if is_different.any():
+            return start + int(is_different.argmax())
     return None

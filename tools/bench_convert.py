@@ -202,9 +202,8 @@ def run(params: str, layout: str, again: str, repeats: int, workers: int, root: 
     """The whole benchmark; prints its table."""
     hf, mm, back = root / "hf", root / "mm", root / "back"
     size = write_checkpoint(hf, params)
-    print(
-        f"{params}: {size / 1e9:.2f} GB; {layout}, re-split to {again}; {repeats} runs, {workers} workers, {os.cpu_count()} cores"
-    )
+    print(f"{params}, {size / 1e9:.2f} GB: {layout}, re-split to {again}")
+    print(f"medians of {repeats} runs, {workers} workers, {os.cpu_count()} cores")
     common = ["Qwen2VLConverter"]
     jobs: dict[str, tuple[Callable[[], Measured], Path]] = {
         "cp -r": (lambda: copy(hf, root / "cp"), root / "cp"),

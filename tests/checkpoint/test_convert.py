@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
+import enum
 import json
 import stat
+import sys
+import types
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from checkpoint.convert import hf_to_mm, mm_to_hf
+from checkpoint.convert import hf_to_mm, mm_to_hf, resplit
 from checkpoint.job import Options
+from checkpoint.plans import Cut
 from checkpoint.rules.qwen2vl import qwen2vl_rules
 from checkpoint.stores.hf import INDEX_FILE, read_model_config
+from checkpoint.verify import Subject, verify
 from mindspeed_mm.plan import StagePlan
 from mindspeed_mm.storage.layout import read_tracker
 from mindspeed_mm.storage.manifest import check_manifest
+from mindspeed_mm.storage.pickle_tree import Global
+from mindspeed_mm.storage.shard import index_shard, read_shard
 from tests.checkpoint.samples import (
     LAYOUTS,
     assert_same_tensors,
@@ -184,3 +194,51 @@ def test_the_index_is_written_anew_where_the_sizes_differ(hf_tied: Path, tmp_pat
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in read_tensors(wide).values())
     assert index["weight_map"] == json.loads((hf_tied / INDEX_FILE).read_text())["weight_map"]
     assert_same_tensors(read_tensors(tmp_path / "back"), read_tensors(wide))
+
+
+def test_a_training_save_of_another_project_is_read(hf_tied: Path, tmp_path: Path) -> None:
+    """Arguments whose classes do not exist here, `_extra_state` entries, weights that are views of one buffer."""
+    hf_to_mm(hf_tied, tmp_path / "mm", layout_plan("tp2_pp2_vp2", hf_tied))
+    root = tmp_path / "foreign"
+    module = types.ModuleType("megatron_enums")
+    module.AttnBackend = enum.Enum("AttnBackend", {"flash": 1}, module="megatron_enums")
+    module.ConfigReader = type("ConfigReader", (), {"__module__": "megatron_enums"})
+    reader = module.ConfigReader()
+    reader.layers, reader.backend, reader.dtype = [1, [2]], module.AttnBackend.flash, torch.bfloat16
+    sys.modules[module.__name__] = module
+    try:
+        for path in (tmp_path / "mm" / "release").glob("*/model_optim_rng.pt"):
+            content = torch.load(path, weights_only=True)
+            for chunk in ("model0", "model1"):
+                buffer = torch.cat([tensor.flatten() for tensor in content[chunk].values()])
+                start, views = 0, OrderedDict()
+                for name, tensor in content[chunk].items():
+                    views[name] = torch.nn.Parameter(buffer[start : start + tensor.numel()].view(tensor.shape))
+                    start += tensor.numel()
+                    if name.endswith("linear_fc1.weight"):
+                        views[name.replace("weight", "_extra_state")] = None
+                content[chunk] = views
+            content |= {
+                "args": argparse.Namespace(mm=reader, num_query_groups=2, tensor_model_parallel_size=2),
+                "iteration": 10,
+                "rerun_state_machine": {"mode": module.AttnBackend.flash},
+                "rng_state": [{"np_rng_state": np.random.get_state(), "torch_rng_state": torch.get_rng_state()}],
+            }
+            target = root / "iter_0000010" / path.parent.name / path.name
+            target.parent.mkdir(parents=True)
+            torch.save(content, target)
+    finally:
+        del sys.modules[module.__name__]
+    (root / "latest_checkpointed_iteration.txt").write_text("10\n")
+    cut = Cut([[2, 2], [0, 0]], [[0, 1], [2, 3]], 2)
+    mm_to_hf(root, hf_tied, tmp_path / "back", cut)
+    assert_same_tensors(read_tensors(tmp_path / "back"), read_tensors(hf_tied))
+    resplit(root, tmp_path / "new", cut, Cut([4, 0], [1, 5], 1))
+    assert verify(Subject(hf_tied), Subject(tmp_path / "new")).is_same
+    # What cannot be understood is carried along as it is, with the new sizes.
+    kept = index_shard(tmp_path / "new" / "iter_0000010" / "mp_rank_00_001" / "model_optim_rng.pt")
+    args = kept.tree["args"].attributes()
+    assert args["tensor_model_parallel_size"] == 1
+    assert args["mm"].target == Global("megatron_enums", "ConfigReader")
+    assert args["mm"].attributes()["layers"] == [1, [2]]
+    assert read_shard(kept.path)["iteration"] == 10

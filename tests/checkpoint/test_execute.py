@@ -181,6 +181,15 @@ SLOW = (
 )
 
 
+def written_below(root: Path) -> int:
+    """Bytes of the shards below a directory that another process is writing to; -1 before there are any."""
+    try:
+        sizes = [path.stat().st_size for path in root.rglob("*.pt")]
+    except FileNotFoundError:
+        return -1
+    return sum(sizes) if sizes else -1
+
+
 def test_a_killed_run_leaves_no_target_and_can_be_started_again(hf_tied: Path, tmp_path: Path) -> None:
     hf_to_mm(hf_tied, tmp_path / "expected", layout_plan("tp1_pp2", hf_tied))
     target, halfway = tmp_path / "work" / "mm", 0
@@ -190,8 +199,7 @@ def test_a_killed_run_leaves_no_target_and_can_be_started_again(hf_tied: Path, t
         deadline = time.monotonic() + 30
         wanted = number * 60_000
         while time.monotonic() < deadline and process.poll() is None:
-            sizes = [path.stat().st_size for path in (tmp_path / "work").rglob("*.pt") if path.exists()]
-            if sizes and sum(sizes) > wanted:
+            if written_below(tmp_path / "work") > wanted:
                 break
             time.sleep(0.01)
         process.kill()
