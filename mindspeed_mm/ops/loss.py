@@ -28,23 +28,30 @@ def sample_of_rows(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
     return torch.searchsorted(cu_seqlens.to(torch.int64), rows, right=True) - 1
 
 
-def reduce_token_losses(losses: Tensor, samples: Tensor, num_samples: int, kind: LossKind) -> Tensor:
-    """One number from the losses of the supervised tokens of a micro-batch.
+def token_weights(labels: Tensor, cu_seqlens: Tensor, kind: LossKind) -> Tensor:
+    """What the loss of every supervised position counts for in the loss of its micro-batch.
+
+    The weights follow from the labels of the whole row, so any rank can apply them to the losses that it computed, and
+    the sum over ranks is the loss of the micro-batch.
 
     Args:
-        losses: [k] float32.
-        samples: [k] int64, the sample of each loss.
-        num_samples: samples in the micro-batch, with or without supervised tokens.
+        labels: [s] int64, already shifted, on the host.
+        cu_seqlens: [samples + 1] int32.
         kind: `default` is the mean over tokens, `sample` the mean over samples of the mean over their tokens, `token`
-            the plain sum (the division by the token count of the global batch comes after the last micro-batch).
+        the
+            plain sum (the division by the token count of the global batch comes after the last micro-batch).
     Returns:
-        scalar float32; 0 (with zero gradients) where nothing is supervised, never NaN. Samples without supervised
-        tokens are left out of the mean over samples.
+        [s] float32, 0 where nothing is supervised. Samples without supervised tokens are left out of the mean over
+        samples.
     """
-    if kind is LossKind.PER_TOKEN or losses.numel() == 0:
-        return losses.sum()
-    if kind is LossKind.PER_MICRO_BATCH:
-        return losses.mean()
-    counts = torch.bincount(samples, minlength=num_samples).to(losses.device)
-    weights = 1.0 / counts.clamp(min=1).to(losses.dtype)
-    return (losses * weights[samples.to(losses.device)]).sum() / (counts > 0).sum()
+    rows = supervised_rows(labels)
+    weights = torch.zeros(labels.shape[0])
+    if kind is LossKind.PER_TOKEN:
+        weights[rows] = 1.0
+    elif kind is LossKind.PER_MICRO_BATCH:
+        weights[rows] = 1.0 / max(rows.numel(), 1)
+    else:
+        samples = sample_of_rows(rows, cu_seqlens)
+        counts = torch.bincount(samples, minlength=cu_seqlens.numel() - 1)
+        weights[rows] = 1.0 / (counts[samples] * max(int((counts > 0).sum()), 1))
+    return weights

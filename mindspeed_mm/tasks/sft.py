@@ -54,14 +54,15 @@ def check_supported(run: RunConfig) -> None:
     micro_batches = run.training.num_micro_batches(run.parallel.dp_size)
     if run.parallel.vp_size > 1 and micro_batches % run.parallel.pp_size:
         problems.append(
-            f"--virtual-pipeline-model-parallel-size {run.parallel.vp_size}: the interleaved schedule needs micro-batches\n"
-            f"in multiples of the {run.parallel.pp_size} pipeline ranks, and a replica has {micro_batches} of them.\n"
+            f"--virtual-pipeline-model-parallel-size {run.parallel.vp_size}: the interleaved schedule needs\n"
+            f"micro-batches in multiples of the {run.parallel.pp_size} pipeline ranks; a replica has {micro_batches}.\n"
             "Change --global-batch-size or --micro-batch-size."
         )
-    if run.parallel.cp_size > 1:
-        problems.append("--context-parallel-size > 1: context parallelism is not available yet.")
-    if run.parallel.sequence_parallel and run.parallel.tp_size > 1:
-        problems.append("--sequence-parallel: not available yet; drop the flag (tensor parallelism works without it).")
+    if run.parallel.cp_size > 1 and run.parallel.context_parallel_algo != "ulysses_cp_algo":
+        problems.append(
+            f"--context-parallel-algo {run.parallel.context_parallel_algo}: of the algorithms only ulysses_cp_algo is "
+            "available."
+        )
     if run.tool.profile.enable or run.tool.memory_profile.enable:
         problems.append(
             "--mm-tool: profiling is not available yet; set `enable` of profile and memory_profile to false."

@@ -28,8 +28,10 @@ logger = logging.getLogger(__name__)
 
 def build_chunks(run: RunConfig, plan: StagePlan, groups: Groups, platform: Platform) -> list[Qwen2VLChunk]:
     """The chunks of this rank, in virtual-stage order; random only where `--init-random` says so."""
+    cp_group = groups.cp if run.parallel.cp_size > 1 else None
+    initialize = run.checkpoint.init_random
     chunks = [
-        build_chunk(run.model, plan, stage, run.parallel, run.training, platform, initialize=run.checkpoint.init_random)
+        build_chunk(run.model, plan, stage, run.parallel, run.training, platform, cp_group, initialize=initialize)
         for stage in plan.stages_of_rank(groups.ranks.pp_rank)
     ]
     if run.checkpoint.init_random and groups.embedding is not None:

@@ -210,7 +210,7 @@ class Trainer:
         )
         if not measures:
             return None
-        return summarise(measures, kind, self.groups.dp, self.platform.device)
+        return summarise(measures, kind, self.groups.dp_cp, self.platform.device)
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mindspeed_mm.ops.loss import LossKind, reduce_token_losses, sample_of_rows, supervised_rows
+from mindspeed_mm.ops.loss import IGNORE_INDEX, LossKind, token_weights
 
 if TYPE_CHECKING:
     from mindspeed_mm.config import TrainingConfig
+    from mindspeed_mm.models.qwen2vl.chunk import Qwen2VLChunk
     from mindspeed_mm.ops.batch import Batch
 
-Measures = dict[str, Tensor]
+Measures = dict[str, Tensor | float]
 
 
 def loss_kind(training: TrainingConfig) -> LossKind:
@@ -38,18 +39,25 @@ def forward_step(
         gradients by the tokens of the global batch in that case.
     """
     batch = next(iterator)
-    return chunk(batch), partial(_reduce, batch=batch, kind=kind)
+    model = cast("Qwen2VLChunk", getattr(chunk, "module", chunk))
+    return chunk(batch), partial(_reduce, batch=batch, model=model, kind=kind)
 
 
-def _reduce(losses: Tensor, *, batch: Batch, kind: LossKind) -> tuple[Any, ...]:
-    rows = supervised_rows(batch.labels)
-    loss = reduce_token_losses(losses, sample_of_rows(rows, batch.cu_seqlens), batch.num_samples, kind)
+def _reduce(losses: Tensor, *, batch: Batch, model: Qwen2VLChunk, kind: LossKind) -> tuple[Any, ...]:
+    rows = model.local_supervised_rows(batch)
+    weights = token_weights(batch.labels, batch.cu_seqlens, kind)[rows]
+    loss = (losses * weights.to(losses.device, non_blocking=True)).sum()
+    # With context parallelism every rank has a part of the row; what belongs to the whole row is counted once.
+    once = float(model.split.cp_rank == 0)
+    supervised = float((batch.labels != IGNORE_INDEX).sum())
     measures = {
-        "loss": loss.detach().clone(),
-        "supervised": torch.tensor(float(rows.numel())),
-        "tokens": torch.tensor(float(batch.num_tokens)),
-        "samples": torch.tensor(float(batch.num_samples)),
-        "image_tokens": torch.tensor(float(batch.image_rows.numel())),
+        "loss": loss.detach().clone(),  # the schedule divides the loss itself in place
+        "supervised": once * supervised,
+        "tokens": once * batch.num_tokens,
+        "samples": once * batch.num_samples,
+        "image_tokens": once * batch.image_rows.numel(),
+        "micro_batches": once,
+        "learning_micro_batches": once * float(supervised > 0),
     }
     if kind is LossKind.PER_TOKEN:
         return loss, torch.tensor(rows.numel(), dtype=torch.int32, device=losses.device), measures
@@ -107,11 +115,10 @@ def summarise(measures: list[Measures], kind: LossKind, group: dist.ProcessGroup
     Args:
         measures: one entry per micro-batch of this rank.
         kind: the reduction that made the losses.
-        group: the data-parallel group.
+        group: the ranks of all replicas and of one row: data and context parallel.
         device: where collectives of that group run.
     """
-    names = ("loss", "supervised", "tokens", "samples", "image_tokens")
-    rows = [[*(m[name].item() for name in names), 1.0, float(m["supervised"].item() > 0)] for m in measures]
+    rows = [[float(value) for value in measure.values()] for measure in measures]
     total = torch.tensor(rows, dtype=torch.float64).sum(dim=0)
     # float32 on the wire: some accelerators' collectives have no float64.
     total = total.to(device=device, dtype=torch.float32)

@@ -47,7 +47,7 @@ def run_ranks(world_size: int, target: str, *args: Any, timeout_s: float = 300) 
             if error is None:
                 results[rank] = pickle.loads(value)
             else:
-                failure = f"rank {rank} of {world_size} failed:\n{error}"
+                failure = _root_cause(queue, rank, error)
     finally:
         for process in processes:
             process.join(timeout=1 if failure else 30)
@@ -63,6 +63,17 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _root_cause(queue: Any, rank: int, error: str) -> str:
+    """The first failure that is not the echo of another rank's end."""
+    failures = [(rank, error)]
+    while queue._reader.poll(1.0):
+        other, _, text = queue.get()
+        if text is not None:
+            failures.append((other, text))
+    rank, error = next(((r, text) for r, text in failures if "by peer" not in text), failures[0])
+    return f"rank {rank} failed:\n{error}"
 
 
 def _get(queue: Any, processes: Sequence[Any], timeout_s: float) -> tuple[int, Any, str | None]:

@@ -98,7 +98,7 @@ def test_exits_name_what_is_wrong(place: Workplace, tmp_path: Path, capfd: pytes
         (
             [*common, "--load", str(place.hf), "--context-parallel-size", "2", "--world-size", "2", "--dry-run"],
             2,
-            "context",
+            "ulysses_cp_algo",
         ),
         ([*common, "--load", str(place.hf), "--ckpt-step", "7"], 2, "Hugging Face directory"),
     ]

@@ -38,6 +38,8 @@ class Case:
     text: Layers = ()
     dp: int = 1
     vp: int = 1
+    cp: int = 1
+    sp: bool = False
     recompute: str = ""
     distributed_optimizer: bool = False
     bf16: bool = False
@@ -46,13 +48,14 @@ class Case:
     @property
     def world_size(self) -> int:
         """Processes that the case needs."""
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.dp * self.cp
 
     @property
     def name(self) -> str:
         """Identifier in test reports."""
         lists = f"-v{_join(self.vision)}-t{_join(self.text)}" if self.pp > 1 else ""
-        flags = [f"dp{self.dp}"] * (self.dp > 1) + ["dist"] * self.distributed_optimizer + ["bf16"] * self.bf16
+        flags = [f"cp{self.cp}"] * (self.cp > 1) + ["sp"] * self.sp
+        flags += [f"dp{self.dp}"] * (self.dp > 1) + ["dist"] * self.distributed_optimizer + ["bf16"] * self.bf16
         flags += [self.recompute] * bool(self.recompute)
         return "-".join([f"tp{self.tp}pp{self.pp}" + (f"vp{self.vp}" if self.vp > 1 else "") + lists, *flags])
 
@@ -103,7 +106,14 @@ def _solve(case: Case, checkpoint: Path, out: Path, platform: Any) -> Result | N
         model = with_layout(model, case.vision, case.text)
     if case.recompute:
         model = with_recompute(model, case.recompute)
-    parallel = ParallelConfig(tp_size=case.tp, pp_size=case.pp, vp_size=case.vp, world_size=case.world_size)
+    parallel = ParallelConfig(
+        tp_size=case.tp,
+        pp_size=case.pp,
+        vp_size=case.vp,
+        cp_size=case.cp,
+        world_size=case.world_size,
+        sequence_parallel=case.sp,
+    )
     batches = [to_batch(samples, config) for samples in make_samples(config)]
     training = TrainingConfig(
         micro_batch_size=2,
@@ -123,7 +133,8 @@ def _solve(case: Case, checkpoint: Path, out: Path, platform: Any) -> Result | N
     seed_everything(platform, 1, groups.ranks)
     chunks = []
     for stage in plan.stages_of_rank(groups.ranks.pp_rank):
-        chunk = build_chunk(model, plan, stage, parallel, training, platform, initialize=False)
+        cp_group = groups.cp if case.cp > 1 else None
+        chunk = build_chunk(model, plan, stage, parallel, training, platform, cp_group, initialize=False)
         problems = fill(chunk, read_stage(checkpoint, model, plan, stage, groups.ranks.tp_rank))
         assert not problems, problems
         chunks.append(chunk)
@@ -192,7 +203,7 @@ class _Job:
         measures = self._schedule(partial(forward_step, kind=kind), forward_only=False)
         if not measures:
             return 0.0
-        return summarise(measures, kind, self.groups.dp, self.platform.device).loss
+        return summarise(measures, kind, self.groups.dp_cp, self.platform.device).loss
 
 
 def _write_gradients(out: Path, plan: StagePlan, groups: Any, models: list[Any]) -> None:
@@ -214,6 +225,7 @@ def _write_gradients(out: Path, plan: StagePlan, groups: Any, models: list[Any])
         key: {name: parameter.main_grad.float().clone() for name, parameter in model.module.named_parameters()}
         for key, model in zip(keys, models, strict=True)
     }
-    folder = make_dir(layout.shard_dir(out, layout.RELEASE, groups.ranks.tp_rank, groups.ranks.pp_rank, plan.pp_size))
-    write_shard(folder / layout.SHARD_FILE, {"checkpoint_version": 3.0, **gradients})
+    if groups.ranks.cp_rank == 0:
+        folder = layout.shard_dir(out, layout.RELEASE, groups.ranks.tp_rank, groups.ranks.pp_rank, plan.pp_size)
+        write_shard(make_dir(folder) / layout.SHARD_FILE, {"checkpoint_version": 3.0, **gradients})
     dist.barrier()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from mindspeed_mm.models.common.kernels import Kernels
+    from mindspeed_mm.models.common.sequence import RowSplit
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,8 @@ class RowLayout:
     cos: Tensor
     """[s, d]; the rotation is done in this dtype."""
     sin: Tensor
+    split: RowSplit
+    """How the row is spread over ranks; segments and tables are those of the whole padded row."""
     qkv_format: ClassVar[str] = "row"
 
 
@@ -56,10 +59,20 @@ class CoreAttention(torch.nn.Module):
         packed_seq_params: RowLayout,
         **_: Any,
     ) -> Tensor:
-        """Attention output [s, 1, n*d] of query [s, 1, n, d], key and value [s, 1, g, d]; there is no mask tensor."""
+        """Attention output [s/cp, 1, n*d] of query [s/cp, 1, n, d], key and value [s/cp, 1, g, d]; no mask tensor."""
         assert attention_mask is None, "segments come in the RowLayout, not as a mask"
         layout = packed_seq_params
-        query = self.kernels.rotary(query.squeeze(1), layout.cos, layout.sin)
-        key = self.kernels.rotary(key.squeeze(1), layout.cos, layout.sin)
-        out = self.kernels.attention(query, key, value.squeeze(1), layout.cu_seqlens, layout.causal, self.scale)
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        exchange = layout.split.exchange(query.shape[1], key.shape[1])
+        if exchange is not None:
+            query, key, value = exchange.to_heads(query, key, value)
+        if query.shape[1]:
+            query = self.kernels.rotary(query, layout.cos, layout.sin)
+            key = self.kernels.rotary(key, layout.cos, layout.sin)
+            out = self.kernels.attention(query, key, value, layout.cu_seqlens, layout.causal, self.scale)
+        else:
+            # More context ranks than heads: this one has none, but takes part in all exchanges, also backwards.
+            out = query + key + value
+        if exchange is not None:
+            out = exchange.to_rows(out)
         return out.reshape(out.shape[0], 1, -1)

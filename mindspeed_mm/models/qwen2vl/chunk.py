@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from mindspeed_mm.models.common.kernels import choose_kernels
+from mindspeed_mm.models.common.sequence import RowSplit
 from mindspeed_mm.models.common.transformer import DTYPES
 from mindspeed_mm.models.qwen2vl.text import TextDecoder, text_config
 from mindspeed_mm.models.qwen2vl.vision import ImageEncoder
@@ -30,7 +32,8 @@ class Qwen2VLChunk(MegatronModule):
         model: model settings.
         plan: the stage plan of the run.
         stage: the stage of `plan` to build.
-        platform: gives the device and the attention backend.
+        platform: gives the device and the fused kernels.
+        cp_group: ranks that share every row; None for one rank.
         initialize: fill weights at random; off when a checkpoint follows, which fills every one of them.
     """
 
@@ -42,6 +45,7 @@ class Qwen2VLChunk(MegatronModule):
         parallel: ParallelConfig,
         training: TrainingConfig,
         platform: Platform,
+        cp_group: dist.ProcessGroup | None,
         *,
         initialize: bool,
     ) -> None:
@@ -80,14 +84,15 @@ class Qwen2VLChunk(MegatronModule):
         self.image_encoder: ImageEncoder | None = None
         self.text_decoder: TextDecoder | None = None
         kernels = choose_kernels(platform)
+        self.split = RowSplit(cp_group, parallel.tp_size if parallel.sequence_parallel else 1)
         if model.image_encoder is not None and (stage.vision or Part.PROJECTOR in stage.parts):
             self.image_encoder = ImageEncoder(
-                model.image_encoder, stage, parallel, training, kernels, initialize=initialize
+                model.image_encoder, stage, parallel, training, kernels, self.split, initialize=initialize
             )
         if stage.text:
             text = model.text_decoder
             self.text_decoder = TextDecoder(
-                text, stage, parallel, training, kernels, is_tied=plan.is_tied, initialize=initialize
+                text, stage, parallel, training, kernels, self.split, is_tied=plan.is_tied, initialize=initialize
             )
             self.text_decoder.requires_grad_(not text.freeze)
         tied = self.tied_weight()
@@ -116,8 +121,9 @@ class Qwen2VLChunk(MegatronModule):
             batch: this micro-batch, on the host; pixels only where patches are embedded.
             wants_logits: on the last stage, give logits instead of losses (parity tests, evaluation).
         Returns:
-            vision states [p, 1, e], image embeddings [p/merge^2, 1, h] or text states [s, 1, h]; on the last stage the
-            losses of the supervised positions [k] float32, or with `wants_logits` the logits of all positions [s, v].
+            the rows that this rank holds of vision states [p, 1, e] or text states [s, 1, h], or all image embeddings
+            [p/merge^2, 1, h]; on the last stage the losses of `local_supervised_rows` [k] float32, or with
+            `wants_logits` the logits of all positions [s, v].
         """
         received, self._received = self._received, None
         image_embeds = received if Stream.IMAGE_EMBEDS in self.stage.inputs else None
@@ -128,8 +134,8 @@ class Qwen2VLChunk(MegatronModule):
             assert image_embeds is not None
             return image_embeds
         if self.text_decoder.embedding is not None:
-            input_ids, rows = (t.to(self.device, non_blocking=True) for t in (batch.input_ids, batch.image_rows))
-            hidden = self.text_decoder.embed(input_ids, rows, image_embeds)
+            input_ids = batch.input_ids.to(self.device, non_blocking=True)
+            hidden = self.text_decoder.embed(input_ids, batch.image_rows, image_embeds)
         else:
             assert received is not None, "a stage after the embedding receives text states"
             hidden = received
@@ -137,11 +143,18 @@ class Qwen2VLChunk(MegatronModule):
         hidden = self.text_decoder(hidden, positions, batch.cu_seqlens)
         if not self.post_process:
             return hidden
+        hidden = self.split.leave_layers(hidden)
         if wants_logits:
-            return self.text_decoder.full_logits(hidden)
-        rows = supervised_rows(batch.labels)
+            return self.split.gather_rows(self.text_decoder.full_logits(hidden), batch.num_tokens)
+        rows = self.local_supervised_rows(batch)
         labels = batch.labels[rows].to(self.device, non_blocking=True)
-        return self.text_decoder.token_losses(hidden[rows.to(self.device, non_blocking=True)], labels)
+        local = rows - self.split.local(batch.num_tokens).start
+        return self.text_decoder.token_losses(hidden[local.to(self.device, non_blocking=True)], labels)
+
+    def local_supervised_rows(self, batch: Batch) -> Tensor:
+        """Supervised positions of the whole row whose losses this rank computes: [k] int64 on the host."""
+        rows, local = supervised_rows(batch.labels), self.split.local(batch.num_tokens)
+        return rows[(rows >= local.start) & (rows < local.stop)]
 
 
 def build_chunk(
@@ -151,9 +164,10 @@ def build_chunk(
     parallel: ParallelConfig,
     training: TrainingConfig,
     platform: Platform,
+    cp_group: dist.ProcessGroup | None = None,
     *,
     initialize: bool,
 ) -> Qwen2VLChunk:
     """Build the chunk of one stage on the platform's device; arguments as Qwen2VLChunk."""
     with platform.device:
-        return Qwen2VLChunk(model, plan, stage, parallel, training, platform, initialize=initialize)
+        return Qwen2VLChunk(model, plan, stage, parallel, training, platform, cp_group, initialize=initialize)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from mindspeed_mm.config import ParallelConfig, TextDecoderConfig, TrainingConfig
     from mindspeed_mm.models.common.kernels import Kernels
+    from mindspeed_mm.models.common.sequence import RowSplit
 
 LOGITS_BYTES = 2 << 30
 """Float32 logits above this size are computed in chunks that are recomputed in the backward pass."""
@@ -91,6 +92,7 @@ class TextDecoder(nn.Module):
         parallel: ParallelConfig,
         training: TrainingConfig,
         kernels: Kernels,
+        split: RowSplit,
         *,
         is_tied: bool,
         initialize: bool,
@@ -98,6 +100,7 @@ class TextDecoder(nn.Module):
         super().__init__()
         config = text_config(text, parallel, training, initialize=initialize)
         self.tp_size = parallel.tp_size
+        self.split = split
         self.rope_theta = text.rope_theta
         self.mrope_section = tuple(text.mrope_section)
         self.embedding = Embedding(text, config) if Part.TOKEN_EMBED in stage.parts else None
@@ -111,10 +114,14 @@ class TextDecoder(nn.Module):
         self.output_layer = None
         self.shares_embedding = is_tied and self.embedding is not None
         if Part.LM_HEAD in stage.parts:
+            # Only supervised rows reach the head, gathered before: it must not gather once more.
+            head_config = text_config(
+                text, parallel.model_copy(update={"sequence_parallel": False}), training, initialize=initialize
+            )
             self.output_layer = ColumnParallelLinear(
                 text.hidden_size,
                 text.vocab_size,
-                config=config,
+                config=head_config,
                 init_method=config.init_method,
                 bias=False,
                 skip_bias_add=False,
@@ -123,25 +130,37 @@ class TextDecoder(nn.Module):
             )
 
     def embed(self, input_ids: Tensor, image_rows: Tensor, image_embeds: Tensor | None) -> Tensor:
-        """Token embeddings with the rows of vision tokens replaced.
+        """Token embeddings of the rows that this rank holds, with the rows of vision tokens replaced.
 
         Args:
-            input_ids: [s] int64.
-            image_rows: [k] int64, where the first k image embeddings go, in order.
+            input_ids: [s] int64, the whole row, on the device.
+            image_rows: [k] int64 on the host, ascending: where the first k image embeddings go, in order.
             image_embeds: [m, 1, h], m >= k; the rest (the dummy image of a micro-batch of text) gets zero gradients.
         Returns:
-            [s, 1, h].
+            [s/(cp*sp), 1, h].
         """
         assert self.embedding is not None
-        hidden = self.embedding(input_ids)
-        if image_embeds is None:
-            return hidden
-        return hidden.index_copy(0, image_rows, image_embeds[: image_rows.numel()])
+        hidden = self.embedding(self.split.take_local(input_ids))
+        if image_embeds is not None:
+            local = self.split.local(input_ids.shape[0])
+            first, last = torch.searchsorted(image_rows, torch.tensor([local.start, local.stop])).tolist()
+            rows = (image_rows[first:last] - local.start).to(hidden.device, non_blocking=True)
+            hidden = hidden.index_copy(0, rows, image_embeds[first:last])
+        return self.split.enter_layers(hidden)
 
     def forward(self, hidden: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Hidden states [s, 1, h] after this stage's layers (and the final norm where it lives)."""
-        cos, sin = mrope_tables(position_ids, self.mrope_section, self.rope_theta, hidden.dtype)
-        layout = RowLayout(cu_seqlens=cu_seqlens, causal=True, cos=cos, sin=sin)
+        """Hidden states after this stage's layers (and the final norm where it lives).
+
+        Args:
+            hidden: [s/(cp*sp), 1, h].
+            position_ids: [3, s] int64 of the whole row, on the device.
+            cu_seqlens: [samples + 1] int32 of the whole row, on the host.
+        """
+        split, length = self.split, position_ids.shape[1]
+        positions = split.pad(position_ids, dim=1)
+        cos, sin = mrope_tables(positions, self.mrope_section, self.rope_theta, hidden.dtype)
+        cu_seqlens = split.pad_segments(cu_seqlens, length)
+        layout = RowLayout(cu_seqlens=cu_seqlens, causal=True, cos=cos, sin=sin, split=split)
         return self.decoder(hidden, None, packed_seq_params=layout)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         VisionProjectorConfig,
     )
     from mindspeed_mm.models.common.kernels import Kernels
+    from mindspeed_mm.models.common.sequence import RowSplit
 
 
 class PatchEmbed(nn.Module):
@@ -63,10 +64,12 @@ class VisionTower(nn.Module):
         parallel: ParallelConfig,
         training: TrainingConfig,
         kernels: Kernels,
+        split: RowSplit,
         *,
         initialize: bool,
     ) -> None:
         super().__init__()
+        self.split = split
         config = tower_config(
             parallel,
             training,
@@ -98,16 +101,23 @@ class VisionTower(nn.Module):
             pixel_values: [p, patch_dim], needed where patches are embedded.
             grid_thw: [media, 3] int64 on the host.
         Returns:
-            [p, 1, e].
+            [p, 1, e], the rows that this rank holds.
         """
+        split = self.split
         if self.patch_embed is not None:
             assert pixel_values is not None, "the batch relay gives pixels to the stage that embeds patches"
-            hidden = self.patch_embed(pixel_values)
+            hidden = split.enter_layers(self.patch_embed(split.take_local(pixel_values)))
         assert hidden is not None, "a stage without the patch embedding receives vision states"
-        positions = vision_position_ids(grid_thw, self.merge_size).to(hidden.device, non_blocking=True)
-        cos, sin = vision_tables(positions, self.head_size)
-        layout = RowLayout(cu_seqlens=vision_cu_seqlens(grid_thw), causal=False, cos=cos, sin=sin)
+        positions = vision_position_ids(grid_thw, self.merge_size)
+        patches = positions.shape[0]
+        cos, sin = vision_tables(split.pad(positions).to(hidden.device, non_blocking=True), self.head_size)
+        cu_seqlens = split.pad_segments(vision_cu_seqlens(grid_thw), patches)
+        layout = RowLayout(cu_seqlens=cu_seqlens, causal=False, cos=cos, sin=sin, split=split)
         return self.blocks(hidden, None, packed_seq_params=layout)
+
+    def gather(self, hidden: Tensor, patches: int) -> Tensor:
+        """All `patches` vision states [p, 1, e] on every rank, of this rank's rows."""
+        return self.split.gather_rows(self.split.leave_layers(hidden), patches)
 
 
 class Projector(nn.Module):
@@ -125,7 +135,8 @@ class Projector(nn.Module):
     ) -> None:
         super().__init__()
         config = tower_config(
-            parallel,
+            # Its rows are whole on every rank: 2x2 patches merge across any border.
+            parallel.model_copy(update={"sequence_parallel": False}),
             training,
             num_layers=1,
             hidden_size=projector.hidden_size,
@@ -159,12 +170,13 @@ class ImageEncoder(nn.Module):
         parallel: ParallelConfig,
         training: TrainingConfig,
         kernels: Kernels,
+        split: RowSplit,
         *,
         initialize: bool,
     ) -> None:
         super().__init__()
         vision, projector = image.vision_encoder, image.vision_projector
-        self.encoder = VisionTower(vision, stage, parallel, training, kernels, initialize=initialize)
+        self.encoder = VisionTower(vision, stage, parallel, training, kernels, split, initialize=initialize)
         self.encoder.requires_grad_(not vision.freeze)
         self.projector = None
         if Part.PROJECTOR in stage.parts:
@@ -176,4 +188,6 @@ class ImageEncoder(nn.Module):
     def forward(self, hidden: Tensor | None, pixel_values: Tensor | None, grid_thw: Tensor) -> Tensor:
         """Vision states [p, 1, e], or image embeddings [p/merge^2, 1, h] where the projector lives."""
         hidden = self.encoder(hidden, pixel_values, grid_thw)
-        return hidden if self.projector is None else self.projector(hidden)
+        if self.projector is None:
+            return hidden
+        return self.projector(self.encoder.gather(hidden, int(grid_thw.prod(dim=1).sum())))

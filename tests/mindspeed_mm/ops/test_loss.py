@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mindspeed_mm.ops.loss import LossKind, reduce_token_losses, sample_of_rows, supervised_rows
+from mindspeed_mm.ops.loss import LossKind, sample_of_rows, supervised_rows, token_weights
 
 LABELS = torch.tensor([-100, 7, 8, -100, -100, 9, -100, -100])
 CU_SEQLENS = torch.tensor([0, 4, 7, 8], dtype=torch.int32)
@@ -20,17 +20,20 @@ def test_rows_and_their_samples() -> None:
 
 @pytest.mark.parametrize(("kind", "expected"), [("default", 3.0), ("token", 9.0), ("sample", 3.5)])
 def test_each_kind_weighs_tokens_its_own_way(kind: str, expected: float) -> None:
+    weights = token_weights(LABELS, CU_SEQLENS, LossKind(kind))
     losses = torch.tensor([1.0, 3.0, 5.0])
-    value = reduce_token_losses(losses, torch.tensor([0, 0, 1]), 3, LossKind(kind))
-    assert value.item() == pytest.approx(expected)
+    assert (losses * weights[supervised_rows(LABELS)]).sum().item() == pytest.approx(expected)
+    assert weights[LABELS == -100].tolist() == [0.0] * 5
 
 
 @pytest.mark.parametrize("kind", list(LossKind))
-def test_nothing_supervised_is_zero_loss_with_zero_gradient_not_nan(kind: LossKind) -> None:
-    weight = torch.ones(3, requires_grad=True)
-    losses = weight[torch.tensor([], dtype=torch.int64)]
-    value = reduce_token_losses(losses, torch.tensor([], dtype=torch.int64), 2, kind)
-    value.backward()
-    assert value.item() == 0.0
-    assert weight.grad is not None
-    assert weight.grad.tolist() == [0.0, 0.0, 0.0]
+def test_nothing_supervised_weighs_nothing_and_is_not_nan(kind: LossKind) -> None:
+    weights = token_weights(torch.full((4,), -100), torch.tensor([0, 4], dtype=torch.int32), kind)
+    assert weights.tolist() == [0.0] * 4
+
+
+def test_parts_of_a_row_add_up_to_the_whole() -> None:
+    weights = token_weights(LABELS, CU_SEQLENS, LossKind.PER_SAMPLE)
+    losses = torch.arange(8.0)
+    parts = [(losses[a:b] * weights[a:b]).sum() for a, b in [(0, 3), (3, 6), (6, 8)]]
+    assert sum(parts).item() == pytest.approx((losses * weights).sum().item())
