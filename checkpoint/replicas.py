@@ -35,12 +35,12 @@ def check_replicas(store: WeightStore, weights: Iterable[Weight], sources: Sourc
 def find_difference(sources: Sources, ours: StoredTensor, theirs: StoredTensor) -> int | None:
     """The first byte where two tensors of equal shape and dtype differ; None if they are equal."""
     step = min(_STEP_BYTES, max(ours.nbytes, 1))
-    left, right = memoryview(bytearray(step)), memoryview(bytearray(step))
+    left, right = np.empty(step, np.uint8), np.empty(step, np.uint8)
     for start in range(0, ours.nbytes, step):
         count = min(step, ours.nbytes - start)
-        sources.read_into(ours.path, ours.offset + start, left[:count])
-        sources.read_into(theirs.path, theirs.offset + start, right[:count])
-        is_different = np.not_equal(np.frombuffer(left[:count], np.uint8), np.frombuffer(right[:count], np.uint8))
-        if is_different.any():
-            return start + int(is_different.argmax())
+        sources.read_into(ours.path, ours.offset + start, left[:count].data)
+        sources.read_into(theirs.path, theirs.offset + start, right[:count].data)
+        # Comparing bytes objects is one memcmp: many times as fast as element by element.
+        if left[:count].tobytes() != right[:count].tobytes():
+            return start + int(np.not_equal(left[:count], right[:count]).argmax())
     return None
