@@ -62,7 +62,7 @@ def make_workplace(root: Path, *, records: int = 24, tied: bool = True) -> Workp
             {
                 "messages": [
                     {"role": "user", "content": question},
-                    {"role": "assistant", "content": f"It is {number * 7}."},
+                    {"role": "assistant", "content": f"It is {number * 7}." + " Yes." * (number % 4)},
                 ],
                 "images": images,
             }
