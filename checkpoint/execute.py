@@ -153,11 +153,15 @@ class _Run:
         # One thread that syncs keeps the order: the call that closes a file comes after all others for it.
         with ThreadPoolExecutor(workers, "convert") as pool, ThreadPoolExecutor(1, "sync") as self._syncer:
             tasks = [pool.submit(self._work) for _ in range(workers)]
-            done, _ = wait(tasks, return_when=FIRST_EXCEPTION)
-            for task in [*done, *tasks]:
-                task.result()
-            for sync in self._syncs:
-                sync.result()
+            try:
+                done, _ = wait(tasks, return_when=FIRST_EXCEPTION)
+                for task in [*done, *tasks]:
+                    task.result()
+                for sync in self._syncs:
+                    sync.result()
+            except BaseException:
+                self._fail()  # an interrupt reaches this thread only; the workers are told
+                raise
 
     def close(self) -> None:
         for state in self.states:
@@ -177,11 +181,15 @@ class _Run:
                     buffer = bytearray(chunk.nbytes)
                 self._do(chunk, memoryview(buffer)[: chunk.nbytes], scratch)
         except BaseException:
-            self.failed.set()
-            for state in self.states:
-                with state.turn:
-                    state.turn.notify_all()
+            self._fail()
             raise
+
+    def _fail(self) -> None:
+        """Let every worker stop."""
+        self.failed.set()
+        for state in self.states:
+            with state.turn:
+                state.turn.notify_all()
 
     def _do(self, chunk: _Chunk, view: memoryview, scratch: bytearray) -> None:
         state = self.states[chunk.file]

@@ -177,7 +177,7 @@ def _difference(
         largest = 0.0
         is_equal = True
         for left, right in _pairs(weight, one, other, sources):
-            if left != right:
+            if left.tobytes() != right.tobytes():  # one memcmp; views are compared element by element
                 is_equal = False
                 largest = float(np.maximum(largest, _largest(left, right, one.dtype.name)))
         if not is_equal:

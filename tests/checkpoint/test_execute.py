@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -141,8 +142,6 @@ def arguments(source: Path, target: Path) -> list[object]:
 
 def test_a_file_size_limit_of_the_system_is_a_full_disk(hf_tied: Path, tmp_path: Path) -> None:
     def limit() -> None:
-        import signal
-
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
@@ -214,6 +213,21 @@ def test_a_killed_run_leaves_no_target_and_can_be_started_again(hf_tied: Path, t
     assert process.returncode == 0
     same_trees(target, tmp_path / "expected", ignored=())
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["mm"]
+
+
+def test_an_interrupt_stops_at_once_and_cleans_up(hf_tied: Path, tmp_path: Path) -> None:
+    slower = SLOW.replace("0.02", "0.5")
+    process = run_cli(*arguments(hf_tied, tmp_path / "work" / "mm"), setup=slower)
+    deadline = time.monotonic() + 30
+    while written_below(tmp_path / "work") < 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, text = process.communicate()
+    assert process.returncode == 130
+    assert "interrupted; nothing was written" in text
+    assert time.monotonic() - start < 5
+    assert list((tmp_path / "work").iterdir()) == []
 
 
 def test_a_source_that_changes_meanwhile_is_noticed(
