@@ -36,6 +36,8 @@ def set_up_logging(environ: Mapping[str, str]) -> None:
     """
     # What megatron-core warns of (no Apex, no Transformer Engine, its own deprecated fields) is by design here.
     warnings.filterwarnings("ignore", module=r"megatron\.")
+    # Megatron calls torch's collectives by names that the newest torch is renaming.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     handler.addFilter(_RankFilter(int(environ.get("RANK") or 0), int(environ.get("WORLD_SIZE") or 1)))

@@ -73,7 +73,7 @@ def save_checkpoint(
         shutil.rmtree(staging, ignore_errors=True)
         make_dir(staging)
     dist.barrier()
-    with_optimizer = not run.checkpoint.no_save_optim
+    with_optimizer = not run.checkpoint.no_save_optim and trains_something(trainee.optimizer)
     distributed = with_optimizer and run.optimizer.use_distributed_optimizer
     parameter_state = gather_parameter_state(trainee.optimizer) if distributed else None
     if groups.ranks.dp_rank == 0 and groups.ranks.cp_rank == 0:
@@ -119,7 +119,7 @@ def load_training_state(
     folder = layout.shard_dir(root, iteration, ranks.tp_rank, ranks.pp_rank, plan.pp_size)
     content = read_shard(folder / layout.SHARD_FILE)
     state = TrainState(iteration=int(content["iteration"]), consumed_samples=_consumed_samples(content, run))
-    if not run.checkpoint.no_load_optim:
+    if not run.checkpoint.no_load_optim and trains_something(trainee.optimizer):
         if "optimizer" not in content:
             raise CheckpointError(
                 f"{folder} holds no optimizer state (it was saved with --no-save-optim).\n"
@@ -204,6 +204,11 @@ def _consumed_samples(content: dict[str, Any], run: RunConfig) -> int:
 
 
 # ---- optimizer -----------------------------------------------------------------------------------------------------
+
+
+def trains_something(optimizer: MegatronOptimizer) -> bool:
+    """Whether this rank has trainable parameters; a stage with frozen layers only has no optimizer state to save."""
+    return any(group["params"] for group in optimizer.param_groups)
 
 
 def gather_parameter_state(optimizer: MegatronOptimizer) -> dict[Any, Any] | None:

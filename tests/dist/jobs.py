@@ -32,12 +32,12 @@ class Workplace:
         """data.json."""
         return self.root / "data.json"
 
-    def model(self, vision: tuple[Any, ...], text: tuple[Any, ...]) -> Path:
-        """A model.json with these stage lists and nothing frozen."""
+    def model(self, vision: tuple[Any, ...], text: tuple[Any, ...], *, freezes_vision: bool = False) -> Path:
+        """A model.json with these stage lists; nothing is frozen unless the vision side is asked to be."""
         config = json.loads((self.hf / "config.json").read_text())
         content = model_json_from_hf(config)
         encoder, projector = content["image_encoder"]["vision_encoder"], content["image_encoder"]["vision_projector"]
-        encoder["freeze"] = projector["freeze"] = False
+        encoder["freeze"] = projector["freeze"] = freezes_vision
         if len(text) > 1:
             encoder["pipeline_num_layers"], content["text_decoder"]["pipeline_num_layers"] = list(vision), list(text)
         path = self.root / f"model-{'.'.join(map(str, vision))}-{'.'.join(map(str, text))}.json".replace(" ", "")

@@ -25,6 +25,7 @@ class Layout:
     flags: tuple[str, ...]
     vision: tuple[Any, ...] = (4,)
     text: tuple[Any, ...] = (4,)
+    freezes_vision: bool = False
 
 
 LAYOUTS = [
@@ -32,6 +33,14 @@ LAYOUTS = [
     Layout("tp2pp1", 2, ("--tensor-model-parallel-size", "2")),
     Layout("dp2-distributed", 2, ("--use-distributed-optimizer", "--micro-batch-size", "1")),
     Layout("bf16", 1, ("--bf16",)),
+    Layout(
+        "frozen-stage",
+        2,
+        ("--pipeline-model-parallel-size", "2", "--enable-dummy-optimizer", "--use-distributed-optimizer"),
+        (3, 1),
+        (0, 4),
+        freezes_vision=True,
+    ),
     Layout(
         "pp2vp2",
         2,
@@ -49,7 +58,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_resumed_equals_uninterrupted(layout: Layout, place: Workplace, tmp_path: Path) -> None:
-    model = place.model(layout.vision, layout.text)
+    model = place.model(layout.vision, layout.text, freezes_vision=layout.freezes_vision)
     common = arguments(place, model, *layout.flags, "--train-iters", "20", "--save-interval", "10")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     commands = [

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
+from mindspeed_mm.storage.shard import read_shard
 from tests.dist.harness import ROOT, run_ranks
 from tests.dist.jobs import Workplace, arguments, make_workplace
 
@@ -63,6 +65,28 @@ def test_layouts_see_the_same_samples_and_learn_alike(
     assert [row["grad_norm"] for row in many] == pytest.approx([row["grad_norm"] for row in one], rel=1e-3)
     assert [row["supervised_tokens"] for row in many] == [row["supervised_tokens"] for row in one]
     assert [row["tokens_per_sample"] for row in many] == [row["tokens_per_sample"] for row in one]
+
+
+def test_frozen_stage_leaves_the_losses_as_they_are(place: Workplace, tmp_path: Path) -> None:
+    common = ("--train-iters", "5", "--load", str(place.hf))
+    one = arguments(place, place.model((4,), (4,), freezes_vision=True), *common, "--save", str(tmp_path / "one"))
+    two = arguments(place, place.model((4, 0), (0, 4), freezes_vision=True), *common, *PP2)
+    run_ranks(1, "tests.dist.jobs:train", [one])
+    allowed = [*two, "--enable-dummy-optimizer", "--save", str(tmp_path / "two")]
+    assert run_ranks(2, "tests.dist.jobs:train", [two, allowed]) == [[2, 0]] * 2  # refused until it is asked for
+    losses = [[row["loss"] for row in rows(tmp_path / name)] for name in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    before = read_weights(place.hf)
+    shard = read_shard(tmp_path / "two" / "iter_0000005" / "mp_rank_00_000" / "model_optim_rng.pt")["model"]
+    frozen = "image_encoder.encoder.patch_embed.proj.weight"
+    assert torch.equal(shard[frozen], before["visual.patch_embed.proj.weight"])
+
+
+def read_weights(directory: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in directory.glob("*.safetensors"):
+        tensors |= load_file(path)
+    return tensors
 
 
 def test_export_loads_in_transformers_and_holds_the_trained_weights(place: Workplace, single: Path) -> None:
