@@ -23,7 +23,7 @@ from mindspeed_mm.models.common.attention import CoreAttention
 from mindspeed_mm.models.common.norm import norm_spec
 
 if TYPE_CHECKING:
-    from mindspeed_mm.config import ParallelConfig, TrainingConfig
+    from mindspeed_mm.models.common.building import Building
     from mindspeed_mm.models.common.kernels import Kernels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,20 +50,17 @@ def keep_memory(_: Tensor) -> None:
     """
 
 
-def tower_config(
-    parallel: ParallelConfig, training: TrainingConfig, *, initialize: bool, **fields: Any
-) -> TransformerConfig:
+def tower_config(building: Building, **fields: Any) -> TransformerConfig:
     """Megatron's settings of one tower.
 
     The pipeline size is left at 1: the stage plan, not megatron, decides which layers a tower builds here.
 
     Args:
-        parallel: TP and CP sizes, sequence parallelism.
-        training: gives the dtype.
-        initialize: fill weights at random; otherwise they are left for a checkpoint.
+        building: parallel sizes, dtype, and whether weights are filled.
         fields: further fields of TransformerConfig (layers, sizes, activation, recompute).
     """
-    if not initialize:
+    parallel, training = building.parallel, building.training
+    if not building.initialize:
         fields |= {"init_method": keep_memory, "output_layer_init_method": keep_memory}
     return TransformerConfig(
         tensor_model_parallel_size=parallel.tp_size,

@@ -10,6 +10,7 @@ from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from mindspeed_mm.models.common.building import Building
 from mindspeed_mm.models.common.kernels import choose_kernels
 from mindspeed_mm.models.common.sequence import RowSplit
 from mindspeed_mm.models.common.transformer import DTYPES
@@ -49,13 +50,13 @@ class Qwen2VLChunk(MegatronModule):
         *,
         initialize: bool,
     ) -> None:
+        split = RowSplit(cp_group, parallel.tp_size if parallel.sequence_parallel else 1)
+        building = Building(parallel, training, choose_kernels(platform), split, initialize)
         # Megatron's schedules, DDP and gradient finalisation read the settings of the whole pipeline from here.
         super().__init__(
             config=text_config(
                 model.text_decoder,
-                parallel,
-                training,
-                initialize=initialize,
+                building,
                 recompute_granularity=None,
                 recompute_method=None,
                 recompute_num_layers=None,
@@ -83,17 +84,12 @@ class Qwen2VLChunk(MegatronModule):
         self._received: Tensor | None = None
         self.image_encoder: ImageEncoder | None = None
         self.text_decoder: TextDecoder | None = None
-        kernels = choose_kernels(platform)
-        self.split = RowSplit(cp_group, parallel.tp_size if parallel.sequence_parallel else 1)
+        self.split = split
         if model.image_encoder is not None and (stage.vision or Part.PROJECTOR in stage.parts):
-            self.image_encoder = ImageEncoder(
-                model.image_encoder, stage, parallel, training, kernels, self.split, initialize=initialize
-            )
+            self.image_encoder = ImageEncoder(model.image_encoder, stage, building)
         if stage.text:
             text = model.text_decoder
-            self.text_decoder = TextDecoder(
-                text, stage, parallel, training, kernels, self.split, is_tied=plan.is_tied, initialize=initialize
-            )
+            self.text_decoder = TextDecoder(text, stage, building, is_tied=plan.is_tied)
             self.text_decoder.requires_grad_(not text.freeze)
         tied = self.tied_weight()
         if tied is not None:

@@ -23,22 +23,17 @@ from mindspeed_mm.plan import Part, Stage
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from mindspeed_mm.config import ParallelConfig, TextDecoderConfig, TrainingConfig
-    from mindspeed_mm.models.common.kernels import Kernels
-    from mindspeed_mm.models.common.sequence import RowSplit
+    from mindspeed_mm.config import TextDecoderConfig
+    from mindspeed_mm.models.common.building import Building
 
 LOGITS_BYTES = 2 << 30
 """Float32 logits above this size are computed in chunks that are recomputed in the backward pass."""
 
 
-def text_config(
-    text: TextDecoderConfig, parallel: ParallelConfig, training: TrainingConfig, *, initialize: bool, **fields: Any
-) -> TransformerConfig:
+def text_config(text: TextDecoderConfig, building: Building, **fields: Any) -> TransformerConfig:
     """Megatron's settings of the text decoder; `fields` add to or override them."""
     return tower_config(
-        parallel,
-        training,
-        initialize=initialize,
+        building,
         **{
             "num_layers": text.num_layers,
             "hidden_size": text.hidden_size,
@@ -82,25 +77,21 @@ class TextDecoder(nn.Module):
         text: settings of the decoder.
         stage: which layers and parts live here.
         is_tied: the output head uses the embedding's weight (as a copy when the embedding lives on another stage).
-        kernels: fused operations of the platform.
+        building: what all modules of the chunk are told.
     """
 
     def __init__(
         self,
         text: TextDecoderConfig,
         stage: Stage,
-        parallel: ParallelConfig,
-        training: TrainingConfig,
-        kernels: Kernels,
-        split: RowSplit,
+        building: Building,
         *,
         is_tied: bool,
-        initialize: bool,
     ) -> None:
         super().__init__()
-        config = text_config(text, parallel, training, initialize=initialize)
-        self.tp_size = parallel.tp_size
-        self.split = split
+        config = text_config(text, building)
+        self.tp_size = building.parallel.tp_size
+        self.split = building.split
         self.rope_theta = text.rope_theta
         self.mrope_section = tuple(text.mrope_section)
         self.embedding = Embedding(text, config) if Part.TOKEN_EMBED in stage.parts else None
@@ -108,16 +99,14 @@ class TextDecoder(nn.Module):
             config,
             stage.text,
             normalization=text.normalization,
-            kernels=kernels,
+            kernels=building.kernels,
             has_final_norm=Part.FINAL_NORM in stage.parts,
         )
         self.output_layer = None
         self.shares_embedding = is_tied and self.embedding is not None
         if Part.LM_HEAD in stage.parts:
             # Only supervised rows reach the head, gathered before: it must not gather once more.
-            head_config = text_config(
-                text, parallel.model_copy(update={"sequence_parallel": False}), training, initialize=initialize
-            )
+            head_config = text_config(text, building.with_whole_rows())
             self.output_layer = ColumnParallelLinear(
                 text.hidden_size,
                 text.vocab_size,

@@ -17,15 +17,8 @@ from mindspeed_mm.ops.rotary import vision_tables
 from mindspeed_mm.plan import Part, Stage
 
 if TYPE_CHECKING:
-    from mindspeed_mm.config import (
-        ImageEncoderConfig,
-        ParallelConfig,
-        TrainingConfig,
-        VisionEncoderConfig,
-        VisionProjectorConfig,
-    )
-    from mindspeed_mm.models.common.kernels import Kernels
-    from mindspeed_mm.models.common.sequence import RowSplit
+    from mindspeed_mm.config import ImageEncoderConfig, VisionEncoderConfig, VisionProjectorConfig
+    from mindspeed_mm.models.common.building import Building
 
 
 class PatchEmbed(nn.Module):
@@ -54,25 +47,19 @@ class VisionTower(nn.Module):
     Args:
         vision: settings of the tower.
         stage: which layers and parts live here.
-        kernels: fused operations of the platform.
+        building: what all modules of the chunk are told.
     """
 
     def __init__(
         self,
         vision: VisionEncoderConfig,
         stage: Stage,
-        parallel: ParallelConfig,
-        training: TrainingConfig,
-        kernels: Kernels,
-        split: RowSplit,
-        *,
-        initialize: bool,
+        building: Building,
     ) -> None:
         super().__init__()
-        self.split = split
+        self.split = building.split
         config = tower_config(
-            parallel,
-            training,
+            building,
             num_layers=vision.num_layers,
             hidden_size=vision.hidden_size,
             ffn_hidden_size=vision.ffn_hidden_size,
@@ -84,11 +71,10 @@ class VisionTower(nn.Module):
             recompute_granularity=vision.recompute_granularity,
             recompute_method=vision.recompute_method,
             recompute_num_layers=vision.recompute_num_layers,
-            initialize=initialize,
         )
         self.patch_embed = PatchEmbed(vision, config.params_dtype) if Part.PATCH_EMBED in stage.parts else None
         self.blocks = build_block(
-            config, stage.vision, normalization=vision.normalization, kernels=kernels, has_final_norm=False
+            config, stage.vision, normalization=vision.normalization, kernels=building.kernels, has_final_norm=False
         )
         self.merge_size = vision.spatial_merge_size
         self.head_size = vision.head_size
@@ -127,28 +113,26 @@ class Projector(nn.Module):
         self,
         projector: VisionProjectorConfig,
         merge_size: int,
-        parallel: ParallelConfig,
-        training: TrainingConfig,
-        kernels: Kernels,
-        *,
-        initialize: bool,
+        building: Building,
     ) -> None:
         super().__init__()
         config = tower_config(
             # Its rows are whole on every rank: 2x2 patches merge across any border.
-            parallel.model_copy(update={"sequence_parallel": False}),
-            training,
+            building.with_whole_rows(),
             num_layers=1,
             hidden_size=projector.hidden_size,
             ffn_hidden_size=projector.ffn_hidden_size,
-            num_attention_heads=parallel.tp_size,  # megatron wants a number that TP divides; there is no attention here
+            # There is no attention here; megatron wants a number that TP divides.
+            num_attention_heads=building.parallel.tp_size,
             activation_func=ACTIVATIONS[projector.activation_func],
             layernorm_epsilon=projector.layernorm_epsilon,
             add_bias_linear=projector.add_bias_linear,
-            initialize=initialize,
         )
         self.layernorm = build_module(
-            norm_spec(projector.normalization, kernels), config, projector.input_size, projector.layernorm_epsilon
+            norm_spec(projector.normalization, building.kernels),
+            config,
+            projector.input_size,
+            projector.layernorm_epsilon,
         )
         self.merged_size = projector.input_size * merge_size**2
         self.encoder = MLP(config, mlp_submodules(), input_size=self.merged_size)
@@ -167,22 +151,15 @@ class ImageEncoder(nn.Module):
         self,
         image: ImageEncoderConfig,
         stage: Stage,
-        parallel: ParallelConfig,
-        training: TrainingConfig,
-        kernels: Kernels,
-        split: RowSplit,
-        *,
-        initialize: bool,
+        building: Building,
     ) -> None:
         super().__init__()
         vision, projector = image.vision_encoder, image.vision_projector
-        self.encoder = VisionTower(vision, stage, parallel, training, kernels, split, initialize=initialize)
+        self.encoder = VisionTower(vision, stage, building)
         self.encoder.requires_grad_(not vision.freeze)
         self.projector = None
         if Part.PROJECTOR in stage.parts:
-            self.projector = Projector(
-                projector, vision.spatial_merge_size, parallel, training, kernels, initialize=initialize
-            )
+            self.projector = Projector(projector, vision.spatial_merge_size, building)
             self.projector.requires_grad_(not projector.freeze)
 
     def forward(self, hidden: Tensor | None, pixel_values: Tensor | None, grid_thw: Tensor) -> Tensor:
