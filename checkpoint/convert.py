@@ -95,10 +95,12 @@ def mm_to_hf(
     for source_dir in (mm_dir, reference):
         check_apart(source_dir, out_dir)
     check_target(out_dir, overwrite=options.overwrite)
-    with stamped(mm_dir) as sources:
+    chosen = choose_iteration(mm_dir, iteration)
+    # Other iterations may be written meanwhile: a training run need not stop for an export.
+    with stamped(layout.iteration_dir(mm_dir, chosen)) as sources:
         model = read_model_config(reference)
         rules = qwen2vl_rules(model, is_vit_qkv_in_hf_order=is_vit_qkv_in_hf_order)
-        source = open_mm(mm_dir, cut, rules, model, iteration, options)
+        source = open_mm(mm_dir, cut, rules, model, chosen, options)
         check_replicas(source, rules.weights, sources)
         kinds = kinds_of(source, rules)
         listed = read_reference(reference, rules)
@@ -205,10 +207,9 @@ def write_mm(
 
 
 def open_mm(
-    mm_dir: Path, cut: Cut, rules: RuleSet, model: Qwen2VLConfig, iteration: layout.Iteration | None, options: Options
+    mm_dir: Path, cut: Cut, rules: RuleSet, model: Qwen2VLConfig, chosen: layout.Iteration, options: Options
 ) -> MmStore:
-    """The shards of a checkpoint of a known model, checked to hold exactly that."""
-    chosen = choose_iteration(mm_dir, iteration)
+    """The shards of one iteration of a known model, checked to hold exactly that."""
     text = model.text_decoder
     plan = plan_of_checkpoint(mm_dir, chosen, cut, is_tied=text.is_tied)
     _check_fit(plan, model, rules, where=str(layout.iteration_dir(mm_dir, chosen)))

@@ -224,8 +224,9 @@ def export_adapter(
     check_apart(lora_dir, out_dir)
     check_target(out_dir, overwrite=options.overwrite)
     rules = qwen2vl_rules(read_model_config(Path(reference_hf_dir)))
-    with stamped(lora_dir) as sources:
-        adapters = open_adapters(lora_dir, cut, rules, iteration, alpha=alpha, rank=rank, sources=sources)
+    chosen = choose_iteration(lora_dir, iteration)
+    with stamped(layout.iteration_dir(lora_dir, chosen)) as sources:
+        adapters = open_adapters(lora_dir, cut, rules, chosen, alpha=alpha, rank=rank, sources=sources)
         modules: dict[str, tuple[Tensor, Tensor]] = {}
         for weight in rules.weights:
             if weight.rule in adapters.bases:

@@ -251,6 +251,21 @@ def test_a_source_that_changes_meanwhile_is_noticed(
     assert not (tmp_path / "mm").exists()
 
 
+def test_other_iterations_may_be_written_while_one_is_exported(hf_tied: Path, tmp_path: Path) -> None:
+    hf_to_mm(hf_tied, tmp_path / "mm", layout_plan("tp2_pp1", hf_tied))
+
+    class Training:
+        def __init__(self, total: int) -> None:
+            (tmp_path / "mm" / "iter_0000020").mkdir()
+            (tmp_path / "mm" / "latest_checkpointed_iteration.txt").write_text("20")
+
+        def add(self, nbytes: int) -> None:
+            pass
+
+    mm_to_hf(tmp_path / "mm", hf_tied, tmp_path / "back", options=Options(progress=Training))
+    same_trees(tmp_path / "back", hf_tied)
+
+
 def test_a_source_that_is_cut_off_meanwhile_is_noticed(hf_tied: Path, tmp_path: Path) -> None:
     import shutil
 
