@@ -168,6 +168,7 @@ class Size:
     supervised: int = 100
     pp: int = 1
     tp: int = 1
+    sequence_parallel: bool = False
     bf16: bool = False
     samples: int = 1
     text_recompute: tuple[Any, ...] = (None, None, None)
@@ -208,6 +209,8 @@ SIZES = [
 TP_SIZES = [
     replace(WIDE, name="tensor ranks", tp=2),
     replace(WIDE, name="tensor ranks, recomputed", tp=2, text_recompute=FULL, vision_recompute=FULL),
+    replace(WIDE, name="sequence parallel", tp=2, sequence_parallel=True),
+    replace(WIDE, name="sequence parallel, frozen vision", tp=2, sequence_parallel=True, freeze_vision=True, pp=2),
 ]
 TOLERANCE = 0.15
 
@@ -294,6 +297,7 @@ def _kept_by_stages(size: Size, tensor_ranks: ParallelConfig, platform: Any) -> 
     from mindspeed_mm.models.qwen2vl.chunk import build_chunk
 
     model, batch = build_model(size), build_batch(size)
+    tensor_ranks = tensor_ranks.model_copy(update={"sequence_parallel": size.sequence_parallel})
     plan = StagePlan.build(model, ParallelConfig(tp_size=size.tp, pp_size=size.pp, world_size=size.tp * size.pp))
     training = TrainingConfig(micro_batch_size=1, global_batch_size=1, train_iters=1, seq_length=8, bf16=size.bf16)
     trains_vision = not (size.freeze_vision and size.freeze_projector)
