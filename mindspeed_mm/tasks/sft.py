@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mindspeed_mm.config import RunConfig, parse_command_line
-from mindspeed_mm.errors import ConfigError, MindSpeedMMError
+from mindspeed_mm.errors import ConfigError, MindSpeedMMError, PeerLostError
 from mindspeed_mm.plan import StagePlan, check_trainable
 from mindspeed_mm.plan.dry_run import render_dry_run
+from mindspeed_mm.storage.publish import check_target
 from mindspeed_mm.tasks.logs import set_up_logging
 
 if TYPE_CHECKING:
@@ -37,11 +38,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         if run.runtime.dry_run:
             sys.stdout.write(render_dry_run(run, plan) + "\n")
             return 0
+        check_export(run)
         train(run, plan)
     except MindSpeedMMError as error:
         logger.error("%s: %s", type(error).__name__, error)
         return error.exit_code
+    except RuntimeError as error:
+        lost = explain_lost_peer(error)
+        if lost is None:
+            raise
+        logger.error("%s: %s", type(lost).__name__, lost)
+        return lost.exit_code
     return 0
+
+
+def explain_lost_peer(error: RuntimeError) -> PeerLostError | None:
+    """The named error behind a failed collective, or None when the error is something else."""
+    text = str(error)
+    marks = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Watchdog caught collective")
+    if not any(mark in text for mark in marks):
+        return None
+    return PeerLostError(
+        f"another process of the job ended or hangs: {text.splitlines()[0]}\n"
+        "  Its own message stands earlier in the log, or in the log of its machine."
+    )
+
+
+def check_export(run: RunConfig) -> None:
+    """Refuse an export that could not be written, before hours of training.
+
+    Raises:
+        ConfigError: the place is taken, or there is no Hugging Face directory to take the other files from.
+    """
+    if run.checkpoint.save_hf:
+        hf_reference(run)
+        check_target(Path(run.checkpoint.save_hf))
 
 
 def check_supported(run: RunConfig) -> None:

@@ -125,6 +125,7 @@ def test_exits_name_what_is_wrong(place: Workplace, tmp_path: Path, capfd: pytes
             "ulysses_cp_algo",
         ),
         ([*common, "--load", str(place.hf), "--ckpt-step", "7"], 2, "Hugging Face directory"),
+        ([*common, "--load", str(place.hf), "--save-hf", str(place.hf)], 2, "is not empty"),
     ]
     for argv, code, text in cases:
         # Each in its own process: process groups are not made twice.
