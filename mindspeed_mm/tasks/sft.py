@@ -94,6 +94,8 @@ def check_supported(run: RunConfig) -> None:
             f"--context-parallel-algo {run.parallel.context_parallel_algo}: of the algorithms only ulysses_cp_algo is "
             "available."
         )
+    if run.optimizer.optimizer == "sgd" and run.optimizer.use_distributed_optimizer:
+        problems.append("--optimizer sgd: megatron's distributed optimizer takes Adam only; drop one of the two.")
     if run.tool.profile.enable or run.tool.memory_profile.enable:
         problems.append(
             "--mm-tool: profiling is not available yet; set `enable` of profile and memory_profile to false."

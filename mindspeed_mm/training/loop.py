@@ -181,7 +181,12 @@ class Trainer:
     def _tflops(self, result: StepResult, elapsed_s: float) -> float:
         """Trillions of floating-point operations per second and process, of an average sample of this iteration."""
         tokens = max(round(result.tokens_per_sample), 1)
-        shape = SampleShape(tokens, min(round(result.image_tokens / max(result.samples, 1)), tokens))
+        samples = max(result.samples, 1)
+        shape = SampleShape(
+            tokens,
+            min(round(result.image_tokens / samples), tokens),
+            supervised_tokens=min(round(result.supervised_tokens / samples), tokens),
+        )
         work = training_flops(self.run.model, shape)
         per_sample = (
             work.patch_embed

@@ -6,6 +6,7 @@ import importlib
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import sys
 import traceback
@@ -59,10 +60,20 @@ def run_ranks(world_size: int, target: str, *args: Any, timeout_s: float = 300) 
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nothing listens on now, with the seven above it free as well.
+
+    Below the range that the kernel takes ports for outgoing connections from: a port of that range can be gone again
+    before the job binds it.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000, 8)
+        try:
+            for number in range(8):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port + number))
+        except OSError:
+            continue
+        return port
 
 
 def _root_cause(queue: Any, rank: int, error: str) -> str:

@@ -19,15 +19,13 @@ from mindspeed_mm.models.common.attention import RowLayout
 from mindspeed_mm.models.common.transformer import ACTIVATIONS, build_block, tower_config
 from mindspeed_mm.ops.rotary import mrope_tables
 from mindspeed_mm.plan import Part, Stage
+from mindspeed_mm.plan.activations import LOGITS_BYTES
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from mindspeed_mm.config import TextDecoderConfig
     from mindspeed_mm.models.common.building import Building
-
-LOGITS_BYTES = 2 << 30
-"""Float32 logits above this size are computed in chunks that are recomputed in the backward pass."""
 
 
 def text_config(text: TextDecoderConfig, building: Building, **fields: Any) -> TransformerConfig:
