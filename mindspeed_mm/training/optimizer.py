@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
@@ -29,6 +30,7 @@ def build_optimizer(
     Weight decay applies to every parameter, biases and norms included, except those whose name contains one of
     `weight_decay_exclude_modules`; names with one of `lr_scale_modules` learn at `lr * lr_mult`.
     """
+    knows_overlap = any(field.name == "overlap_param_gather" for field in fields(MegatronOptimizerConfig))
     config = MegatronOptimizerConfig(
         optimizer=settings.optimizer,
         lr=settings.lr,
@@ -42,7 +44,8 @@ def build_optimizer(
         adam_eps=settings.adam_eps,
         sgd_momentum=settings.sgd_momentum,
         use_distributed_optimizer=settings.use_distributed_optimizer,
-        overlap_param_gather=settings.overlap_param_gather,
+        # Since 0.15 the optimizer settings repeat what the DDP settings say.
+        **({"overlap_param_gather": settings.overlap_param_gather} if knows_overlap else {}),
         clip_grad=settings.clip_grad,
         log_num_zeros_in_grad=log_num_zeros,
         loss_scale=training.loss_scale,

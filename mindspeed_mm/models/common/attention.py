@@ -46,6 +46,7 @@ class CoreAttention(torch.nn.Module):
     def __init__(self, config: TransformerConfig, *, kernels: Kernels, **_: Any) -> None:
         super().__init__()
         assert config.kv_channels is not None
+        self.head_size = config.kv_channels
         self.scale = 1.0 / math.sqrt(config.kv_channels)
         self.kernels = kernels
 
@@ -62,7 +63,8 @@ class CoreAttention(torch.nn.Module):
         """Attention output [s/cp, 1, n*d] of query [s/cp, 1, n, d], key and value [s/cp, 1, g, d]; no mask tensor."""
         assert attention_mask is None, "segments come in the RowLayout, not as a mask"
         layout = packed_seq_params
-        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        # Megatron 0.12 drops the batch dim before the call, later releases keep it.
+        query, key, value = (t.reshape(t.shape[0], -1, self.head_size) for t in (query, key, value))
         exchange = layout.split.exchange(query.shape[1], key.shape[1])
         if exchange is not None:
             query, key, value = exchange.to_heads(query, key, value)

@@ -92,6 +92,16 @@ def mlp_submodules() -> MLPSubmodules:
     return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
 
+def _core_attention(kernels: Kernels) -> type[CoreAttention]:
+    """The core attention with its kernels; a class, which is what all supported megatron releases can build."""
+
+    class KernelAttention(CoreAttention):
+        def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
+            super().__init__(config, kernels=kernels, **kwargs)
+
+    return KernelAttention
+
+
 def _mlp(config: TransformerConfig, kernels: Kernels) -> ModuleSpec | type[MLP]:
     """The stock MLP; with SwiGLU, one that calls the platform's kernel for it."""
     if not (config.gated_linear_unit and config.activation_func is F.silu):
@@ -138,7 +148,7 @@ def build_block(
                 params={"attn_mask_type": AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=partial(CoreAttention, kernels=kernels),
+                    core_attention=_core_attention(kernels),
                     linear_proj=RowParallelLinear,
                 ),
             ),
