@@ -120,6 +120,7 @@ class _FileState:
         self.hash = xxhash.xxh3_128()
         self.checksums = RunningChecksums(file.layout.checksums)
         self.turn = threading.Condition()
+        self.writing = threading.Lock()
         self.next = 0
         self.written = 0
         self.dirty = 0
@@ -214,7 +215,8 @@ class _Run:
             state.hash.update(view)
             state.next += 1
             state.turn.notify_all()
-        with write_errors(state.file.path):
+        # The kernel writes to a file for one thread at a time and lets the others spin: they sleep here instead.
+        with state.writing, write_errors(state.file.path):
             done = 0
             while done < len(view):
                 done += os.pwrite(state.descriptor, view[done:], chunk.offset + done)

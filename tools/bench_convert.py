@@ -2,11 +2,14 @@
 
     python tools/bench_convert.py --params 2b --layout tp2pp4 [--repeats 5] [--workers 2] [--dir DIR]
 
-Makes a random bfloat16 checkpoint of the model's true shapes (2b: about 4.4 GB) under DIR, then runs, several times in
-turn: `cp -r` of it, `hf_to_mm`, `mm_to_hf` and two re-splits, each in a process of its own, start-up included. All end
-with `fsync` of every file, all read from a warm page cache, and the targets are deleted and the disk is idle before the
-next. Printed are medians, their ratio to `cp`, and the peak of memory that is not page cache. At the end, the time to
-plan a conversion of the 72b model from its index alone. DIR needs three times the size of the checkpoint.
+Makes a random bfloat16 checkpoint of the model's true shapes (2b: about 4.4 GB) under DIR, then runs `hf_to_mm`,
+`mm_to_hf` and a re-split several times, each in a process of its own, start-up included, and `cp -r` of the checkpoint
+directly before each of them. All end with `fsync` of every file, read from a warm page cache and start with an idle
+disk. The targets stay until newer ones have filled the memory: all then write to memory that is taken from old page
+cache. (Freed memory would go back to the host of a virtual machine within seconds, and fetching it again takes longer
+than writing it.) Printed are medians of the times and of the paired ratios, and the peak of memory that is not page
+cache. At the end, the time to plan a conversion of the 72b model from its index alone. DIR needs room for the size of
+the memory and four times that of the checkpoint; with less, older targets go earlier and the figures are noisier.
 """
 
 from __future__ import annotations
@@ -21,8 +24,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -200,52 +205,86 @@ def plan_of_72b() -> float:
 
 def run(params: str, layout: str, again: str, repeats: int, workers: int, root: Path) -> None:
     """The whole benchmark; prints its table."""
-    hf, mm, back = root / "hf", root / "mm", root / "back"
+    hf, mm = root / "hf", root / "mm"
     size = write_checkpoint(hf, params)
     print(f"{params}, {size / 1e9:.2f} GB: {layout}, re-split to {again}")
     print(f"medians of {repeats} runs, {workers} workers, {os.cpu_count()} cores")
-    common = ["Qwen2VLConverter"]
-    jobs: dict[str, tuple[Callable[[], Measured], Path]] = {
-        "cp -r": (lambda: copy(hf, root / "cp"), root / "cp"),
-        f"hf_to_mm {layout}": (
-            lambda: measure(
-                [*common, "hf_to_mm", f"--cfg.hf_config.hf_dir={hf}", f"--cfg.mm_dir={mm}", f"--cfg.workers={workers}",
-                 *options_of(layout, "parallel_config")]
-            ),
-            mm,
-        ),
-        f"mm_to_hf {layout}": (
-            lambda: measure(
-                [*common, "mm_to_hf", f"--cfg.hf_config.hf_dir={hf}", f"--cfg.mm_dir={mm}", f"--cfg.save_hf_dir={back}",
-                 f"--cfg.workers={workers}"]
-            ),
-            back,
-        ),
-        f"resplit {layout} -> {again}": (
-            lambda: measure(
-                [*common, "resplit", f"--cfg.source_dir={mm}", f"--cfg.target_dir={root / 'again'}",
-                 f"--cfg.workers={workers}", *options_of(again, "target_parallel_config")]
-            ),
-            root / "again",
-        ),
-    }  # fmt: skip
-    found: dict[str, list[Measured]] = {name: [] for name in jobs}
+
+    def convert(command: str, *argv: str) -> Measured:
+        return measure(["Qwen2VLConverter", command, f"--cfg.workers={workers}", *argv])
+
+    def hf_to_mm(target: Path) -> Measured:
+        options = options_of(layout, "parallel_config")
+        return convert("hf_to_mm", f"--cfg.hf_config.hf_dir={hf}", f"--cfg.mm_dir={target}", *options)
+
+    def mm_to_hf(target: Path) -> Measured:
+        return convert("mm_to_hf", f"--cfg.hf_config.hf_dir={hf}", f"--cfg.mm_dir={mm}", f"--cfg.save_hf_dir={target}")
+
+    def resplit(target: Path) -> Measured:
+        options = options_of(again, "target_parallel_config")
+        return convert("resplit", f"--cfg.source_dir={mm}", f"--cfg.target_dir={target}", *options)
+
+    jobs: dict[str, tuple[Callable[[Path], Measured], Path]] = {
+        f"hf_to_mm {layout}": (hf_to_mm, hf),
+        f"mm_to_hf {layout}": (mm_to_hf, mm),
+        f"resplit {layout} -> {again}": (resplit, mm),
+    }
+    hf_to_mm(mm)
+    shelf = _Shelf(root / "targets", size)
+    for _ in range(shelf.room):
+        copy(hf, shelf.place())
+    found: dict[str, list[tuple[Measured, Measured]]] = {name: [] for name in jobs}
     for _ in range(repeats):
-        for name, (job, target) in jobs.items():
-            shutil.rmtree(target, ignore_errors=True)
-            os.sync()
-            found[name].append(job())
-            if target != mm:
-                shutil.rmtree(target)
-    base = statistics.median(run.seconds for run in found["cp -r"])
+        for name, (job, source) in jobs.items():
+            base = _from_warm(hf, partial(copy, hf), shelf)
+            found[name].append((_from_warm(source, job, shelf), base))
+    _print_row("cp -r", [base for runs in found.values() for _, base in runs], size)
     for name, runs in found.items():
-        times = [run.seconds for run in runs]
-        seconds, peak = statistics.median(times), max(run.peak_bytes for run in runs)
-        speed = f"{seconds / base:5.2f} x cp  {size / seconds / 1e9:5.2f} GB/s"
-        memory = f"  peak {peak / 2**20:4.0f} MiB" if peak else ""
-        print(f"{name:32s} {seconds:7.2f} s ({min(times):.2f}-{max(times):.2f})  {speed}{memory}")
+        ratio = statistics.median(run.seconds / base.seconds for run, base in runs)
+        _print_row(name, [run for run, _ in runs], size, f"{ratio:5.2f} x cp")
     print(f"allowed memory: {64 + 0.02 * size / 2**20:.0f} MiB")
     print(f"plan of a 72b index, tp8 pp8: {plan_of_72b():.2f} s")
+
+
+class _Shelf:
+    """Places for targets; what lies there longest is deleted when they would take more than memory or disk have."""
+
+    def __init__(self, root: Path, size: int) -> None:
+        root.mkdir()
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        disk = shutil.disk_usage(root).free
+        self.room = max(1, min(memory // size + 1, disk // (size * 5 // 4) - 1))
+        self._root = root
+        self._kept: deque[Path] = deque()
+        self._count = 0
+
+    def place(self) -> Path:
+        """A path for the next target."""
+        while len(self._kept) >= self.room:
+            shutil.rmtree(self._kept.popleft())
+        self._count += 1
+        self._kept.append(self._root / str(self._count))
+        return self._kept[-1]
+
+
+def _from_warm(source: Path, job: Callable[[Path], Measured], shelf: _Shelf) -> Measured:
+    """A run with its source in the page cache and an idle disk."""
+    target = shelf.place()
+    for folder, _, names in os.walk(source):
+        for name in names:
+            with open(os.path.join(folder, name), "rb", buffering=0) as reader:
+                while reader.read(_BLOCK_BYTES):
+                    pass
+    os.sync()
+    return job(target)
+
+
+def _print_row(name: str, runs: Sequence[Measured], size: int, ratio: str = "") -> None:
+    times = [run.seconds for run in runs]
+    seconds, peak = statistics.median(times), max(run.peak_bytes for run in runs)
+    memory = f"peak {peak / 2**20:4.0f} MiB" if peak else ""
+    spread = f"({min(times):.2f}-{max(times):.2f})"
+    print(f"{name:32s} {seconds:7.2f} s {spread:14s} {size / seconds / 1e9:5.2f} GB/s  {ratio:10s}  {memory}".rstrip())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
