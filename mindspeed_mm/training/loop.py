@@ -23,7 +23,6 @@ from mindspeed_mm.training.checkpoint import Trainee, TrainState, save_checkpoin
 from mindspeed_mm.training.gradients import GradientFinalizer
 from mindspeed_mm.training.metrics import IterationMetrics, Reporter
 from mindspeed_mm.training.norms import parameters_norm
-from mindspeed_mm.training.optimizer import current_learning_rate
 from mindspeed_mm.training.step import StepResult, forward_step, loss_kind, summarise
 from mindspeed_mm.training.stop import StopRequests
 
@@ -122,7 +121,8 @@ class Trainer:
 
     def _iterate(self, iterators: list[Iterator[Batch]]) -> None:
         started = time.perf_counter()
-        learning_rate = current_learning_rate(self.optimizer)
+        # Of a group with no fields of its own: the schedule unscaled. A frozen stage may have no groups to read it from.
+        learning_rate = float(self.scheduler.get_lr({}))
         self.relay.flush()
         for model in self.models:
             model.zero_grad_buffer()

@@ -120,10 +120,3 @@ def build_scheduler(
         wsd_decay_steps=None if wsd is None else wsd * batch,
         lr_wsd_decay_style=settings.lr_wsd_decay_style,
     )
-
-
-def current_learning_rate(optimizer: MegatronOptimizer) -> float:
-    """The learning rate that the next update uses, of the groups that follow the schedule unscaled."""
-    groups = [g for g in optimizer.param_groups if g.get("lr_mult", 1.0) == 1.0 and not g.get("is_decoupled_lr", False)]
-    usual = [g for g in groups if g.get("default_config", True)]
-    return float((usual or groups or optimizer.param_groups)[0]["lr"])
