@@ -15,13 +15,14 @@ from torch import Tensor
 from checkpoint.load import read_stage
 from mindspeed_mm.config import OptimizerConfig, ParallelConfig, RuntimeConfig, TrainingConfig
 from mindspeed_mm.ops.batch import Batch
+from mindspeed_mm.ops.loss import LossKind
 from mindspeed_mm.plan import StagePlan
 from tests.parity.problem import (
     Layers,
     make_samples,
     read_config,
     to_batch,
-    train_everything,
+    with_frozen,
     with_layout,
     with_recompute,
 )
@@ -44,11 +45,20 @@ class Case:
     distributed_optimizer: bool = False
     bf16: bool = False
     steps: int = 20
+    frozen: tuple[str, ...] = ()
+    """Some of "vision", "projector" and "text"."""
+    loss: str = "default"
+    batches: str = "mixed"
 
     @property
     def world_size(self) -> int:
         """Processes that the case needs."""
         return self.tp * self.pp * self.dp * self.cp
+
+    @property
+    def problem(self) -> tuple[int, tuple[str, ...], str, str]:
+        """What the reference has to solve for this case: steps, frozen parts, loss, batches."""
+        return self.steps, self.frozen, self.loss, self.batches
 
     @property
     def name(self) -> str:
@@ -57,6 +67,8 @@ class Case:
         flags = [f"cp{self.cp}"] * (self.cp > 1) + ["sp"] * self.sp
         flags += [f"dp{self.dp}"] * (self.dp > 1) + ["dist"] * self.distributed_optimizer + ["bf16"] * self.bf16
         flags += [self.recompute] * bool(self.recompute)
+        flags += ["frozen_" + "_".join(self.frozen)] * bool(self.frozen)
+        flags += [self.loss] * (self.loss != "default") + [self.batches] * (self.batches != "mixed")
         return "-".join([f"tp{self.tp}pp{self.pp}" + (f"vp{self.vp}" if self.vp > 1 else "") + lists, *flags])
 
 
@@ -99,9 +111,10 @@ def _solve(case: Case, checkpoint: Path, out: Path, platform: Any) -> Result | N
     from mindspeed_mm.training.build import fill, wrap_chunks
     from mindspeed_mm.training.loop import connect_schedule
     from mindspeed_mm.training.optimizer import build_optimizer
+    from mindspeed_mm.training.step import loss_kind
 
     config = read_config(checkpoint)
-    model = train_everything(config)
+    model = with_frozen(config, case.frozen)
     if case.pp > 1:
         model = with_layout(model, case.vision, case.text)
     if case.recompute:
@@ -114,13 +127,15 @@ def _solve(case: Case, checkpoint: Path, out: Path, platform: Any) -> Result | N
         world_size=case.world_size,
         sequence_parallel=case.sp,
     )
-    batches = [to_batch(samples, config) for samples in make_samples(config)]
+    batches = [to_batch(samples, config) for samples in make_samples(config, case.batches)]
     training = TrainingConfig(
         micro_batch_size=2,
         global_batch_size=2 * len(batches),
         train_iters=case.steps,
         seq_length=512,
         bf16=case.bf16,
+        calculate_per_token_loss=case.loss == "token",
+        calculate_per_sample_loss=case.loss == "sample",
     )
     settings = OptimizerConfig(
         lr=LEARNING_RATE,
@@ -143,12 +158,12 @@ def _solve(case: Case, checkpoint: Path, out: Path, platform: Any) -> Result | N
     connect_schedule(models, optimizer, groups.embedding)
     # Replicas share the micro-batches out in turn, as the sampler does.
     mine = batches[groups.ranks.dp_rank :: case.dp]
-    job = _Job(models, optimizer, mine, groups, platform)
+    job = _Job(models, optimizer, mine, groups, platform, loss_kind(training))
     logits = job.logits()
     losses, norms = [], []
     for step in range(case.steps):
         loss = job.forward_backward()
-        if step == 0 and case.dp == 1:
+        if step == 0:
             _write_gradients(out, plan, groups, models)
         _, norm, _ = optimizer.step()
         losses.append(loss)
@@ -165,6 +180,7 @@ class _Job:
     batches: list[Batch]
     groups: Any
     platform: Any
+    kind: LossKind
 
     def _schedule(self, step: Any, *, forward_only: bool, **kwargs: Any) -> list[Any]:
         from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -193,17 +209,15 @@ class _Job:
 
     def forward_backward(self) -> float:
         """One iteration without its update; the loss as the log would report it (0 on other stages)."""
-        from mindspeed_mm.ops.loss import LossKind
         from mindspeed_mm.training.step import forward_step, summarise
 
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        kind = LossKind.PER_MICRO_BATCH
-        measures = self._schedule(partial(forward_step, kind=kind), forward_only=False)
+        measures = self._schedule(partial(forward_step, kind=self.kind), forward_only=False)
         if not measures:
             return 0.0
-        return summarise(measures, kind, self.groups.dp_cp, self.platform.device).loss
+        return summarise(measures, self.kind, self.groups.dp_cp, self.platform.device).loss
 
 
 def _write_gradients(out: Path, plan: StagePlan, groups: Any, models: list[Any]) -> None:
@@ -220,12 +234,31 @@ def _write_gradients(out: Path, plan: StagePlan, groups: Any, models: list[Any])
         write_file(release / layout.PLAN_FILE, plan.to_json().encode())
         layout.write_tracker(out, layout.RELEASE)
     dist.barrier()
+    for model in models:
+        _gather_shards(model)
     keys = ["model"] if len(models) == 1 else [f"model{number}" for number in range(len(models))]
     gradients = {
-        key: {name: parameter.main_grad.float().clone() for name, parameter in model.module.named_parameters()}
+        key: {name: _gradient(parameter) for name, parameter in model.module.named_parameters()}
         for key, model in zip(keys, models, strict=True)
     }
-    if groups.ranks.cp_rank == 0:
+    if groups.ranks.cp_rank == 0 and groups.ranks.dp_rank == 0:
         folder = layout.shard_dir(out, layout.RELEASE, groups.ranks.tp_rank, groups.ranks.pp_rank, plan.pp_size)
         write_shard(make_dir(folder) / layout.SHARD_FILE, {"checkpoint_version": 3.0, **gradients})
     dist.barrier()
+
+
+def _gradient(parameter: torch.nn.Parameter) -> Tensor:
+    return parameter.main_grad.float().clone() if parameter.requires_grad else torch.zeros_like(parameter)
+
+
+def _gather_shards(model: Any) -> None:
+    """With the distributed optimizer every rank holds the sum of its part of a bucket: bring the parts together."""
+    import torch.distributed as dist
+
+    if not model.ddp_config.use_distributed_optimizer:
+        return
+    for buffer in model.buffers:
+        for bucket in buffer.buckets:
+            group = buffer.data_parallel_group
+            parts = bucket.grad_data.chunk(group.size())
+            dist.all_gather(list(parts), parts[group.rank()].clone(), group=group)

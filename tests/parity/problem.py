@@ -16,13 +16,19 @@ from mindspeed_mm.ops.mrope import mrope_position_ids
 Grid = tuple[int, int, int]
 Layers = tuple[int, ...] | tuple[tuple[int, ...], ...]
 
-MICRO_BATCHES: tuple[tuple[tuple[Grid, ...], ...], ...] = (
-    (((1, 4, 6),), ((1, 2, 2), (1, 6, 4))),  # one image; two images
-    ((), ((1, 4, 4),)),  # text only beside an image
-    ((), ()),  # a micro-batch of text alone
-    (((1, 2, 4), (1, 2, 2)), ((1, 6, 2),)),
-)
-"""Grids of every sample of every micro-batch."""
+MICRO_BATCHES: dict[str, tuple[tuple[tuple[Grid, ...], ...], ...]] = {
+    "mixed": (
+        (((1, 4, 6),), ((1, 2, 2), (1, 6, 4))),  # one image; two images
+        ((), ((1, 4, 4),)),  # text only beside an image
+        ((), ()),  # a micro-batch of text alone
+        (((1, 2, 4), (1, 2, 2)), ((1, 6, 2),)),
+    ),
+    "text": (((), ()), ((),), ((), (), ()), ((), ())),
+    "images": ((((1, 4, 6),),), (((2, 2, 6), (1, 2, 2)),), (((1, 8, 4),), ((1, 2, 2),)), (((1, 4, 4),),)),
+    # Of two replicas, which take micro-batches in turn, one sees nothing but text and the other nothing but images.
+    "apart": (((), ()), (((1, 4, 6),), ((1, 2, 2),)), ((), ()), (((1, 6, 2),), ((1, 4, 4), (1, 2, 4)))),
+}
+"""Kind of batch -> grids of every sample of every micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +46,17 @@ class Sample:
         return torch.cat([self.labels[1:], torch.tensor([-100])])
 
 
-def train_everything(config: dict) -> Qwen2VLConfig:
-    """Model settings of a Hugging Face config with nothing frozen."""
+def with_frozen(config: dict, frozen: tuple[str, ...] = ()) -> Qwen2VLConfig:
+    """Model settings of a Hugging Face config with nothing frozen but some of "vision", "projector" and "text"."""
     model = Qwen2VLConfig.from_hf(config)
     assert model.image_encoder is not None
     image = model.image_encoder
+    encoder = image.vision_encoder.model_copy(update={"freeze": "vision" in frozen})
+    projector = image.vision_projector.model_copy(update={"freeze": "projector" in frozen})
     return model.model_copy(
         update={
-            "image_encoder": image.model_copy(
-                update={
-                    "vision_encoder": image.vision_encoder.model_copy(update={"freeze": False}),
-                    "vision_projector": image.vision_projector.model_copy(update={"freeze": False}),
-                }
-            )
+            "image_encoder": image.model_copy(update={"vision_encoder": encoder, "vision_projector": projector}),
+            "text_decoder": model.text_decoder.model_copy(update={"freeze": "text" in frozen}),
         }
     )
 
@@ -89,7 +93,7 @@ def read_config(directory: Path) -> dict:
     return json.loads((directory / "config.json").read_text())
 
 
-def make_samples(config: dict, seed: int = 0) -> list[list[Sample]]:
+def make_samples(config: dict, kind: str = "mixed", seed: int = 0) -> list[list[Sample]]:
     """Samples by micro-batch: random text around the images, labels on the tail of each sample."""
     generator = torch.Generator().manual_seed(seed)
     image, start, end = config["image_token_id"], config["vision_start_token_id"], config["vision_end_token_id"]
@@ -98,7 +102,7 @@ def make_samples(config: dict, seed: int = 0) -> list[list[Sample]]:
         return torch.randint(5, 200, (count,), generator=generator).tolist()
 
     batches = []
-    for micro_batch in MICRO_BATCHES:
+    for micro_batch in MICRO_BATCHES[kind]:
         samples = []
         for number, grids in enumerate(micro_batch):
             ids = words(5 + number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration
 
-from tests.parity.problem import Sample
+from tests.parity.problem import Sample, make_samples, read_config
 
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-3, 0.1, 1.0
 
@@ -46,19 +47,46 @@ def logits_of(model: torch.nn.Module, samples: list[Sample], image_token: int) -
     return torch.cat(rows)
 
 
-def _loss(model: torch.nn.Module, batches: list[list[Sample]], image_token: int) -> Tensor:
-    """Mean over micro-batches of the mean over their supervised tokens."""
-    losses = [
-        F.cross_entropy(logits_of(model, samples, image_token), torch.cat([sample.shifted for sample in samples]))
-        for samples in batches
-    ]
-    return torch.stack(losses).mean()
+def _loss(model: torch.nn.Module, batches: list[list[Sample]], image_token: int, kind: str) -> Tensor:
+    """Mean over all supervised tokens ("token"), or over micro-batches: of the mean over their supervised tokens
+    ("default"), or of the mean over the means of their samples ("sample").
+    """
+    losses = []
+    for samples in batches:
+        labels = torch.cat([sample.shifted for sample in samples])
+        tokens = F.cross_entropy(logits_of(model, samples, image_token), labels, reduction="none")
+        lengths = [sample.labels.numel() for sample in samples]
+        pairs = zip(tokens.split(lengths), labels.split(lengths), strict=True)
+        parts = [part[label != -100] for part, label in pairs]
+        if kind == "sample":
+            losses.append(torch.stack([part.mean() for part in parts]).mean())
+        else:
+            losses.append(torch.cat(parts).mean() if kind == "default" else torch.cat(parts))
+    return torch.cat(losses).mean() if kind == "token" else torch.stack(losses).mean()
 
 
-def solve(directory: Path, batches: list[list[Sample]], image_token: int, steps: int = 20) -> Reference:
-    """Logits, loss and gradients at the start, then the losses of `steps` AdamW updates."""
+def part_of(name: str) -> str:
+    """Which part of the model a parameter (by its name on the hub) belongs to."""
+    if name.startswith("visual.merger."):
+        return "projector"
+    return "vision" if name.startswith("visual.") else "text"
+
+
+@cache
+def solve(
+    directory: Path,
+    steps: int = 20,
+    frozen: tuple[str, ...] = (),
+    loss_kind: str = "default",
+    batches_kind: str = "mixed",
+) -> Reference:
+    """Logits, loss and gradients at the start, then the losses of `steps` AdamW updates; solved once per session."""
+    config = read_config(directory)
+    batches, image_token = make_samples(config, batches_kind), config["image_token_id"]
     model = Qwen2VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
     model.train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(hub_name(name)) not in frozen)
     with torch.no_grad():
         logits = [logits_of(model, samples, image_token) for samples in batches]
     optimizer = torch.optim.AdamW(
@@ -67,7 +95,7 @@ def solve(directory: Path, batches: list[list[Sample]], image_token: int, steps:
     losses, norms, grads = [], [], {}
     for step in range(steps):
         optimizer.zero_grad()
-        loss = _loss(model, batches, image_token)
+        loss = _loss(model, batches, image_token, loss_kind)
         loss.backward()
         if step == 0:
             grads = {hub_name(n): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
