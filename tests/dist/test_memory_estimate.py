@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mindspeed_mm.config import OptimizerConfig, ParallelConfig, Qwen2VLConfig, RuntimeConfig, TrainingConfig
 from mindspeed_mm.ops.batch import Batch
-from mindspeed_mm.plan import StagePlan, Stream
+from mindspeed_mm.plan import StagePlan
 from mindspeed_mm.plan.activations import stage_activations
+from mindspeed_mm.plan.checks import input_needs_gradient
 from mindspeed_mm.plan.estimate import Memory, estimate_memory
 from mindspeed_mm.plan.flops import SampleShape
 from tests.dist.harness import run_ranks
@@ -176,6 +177,8 @@ class Size:
     freeze_vision: bool = False
     freeze_projector: bool = False
     freeze_text: bool = False
+    lists: tuple[Any, Any] = ("auto", "auto")
+    """Layers of vision and text per stage."""
 
     @property
     def image_tokens(self) -> int:
@@ -197,6 +200,18 @@ SIZES = [
     replace(WIDE, name="as many key-value heads, three pictures", text=(256, 512, 4, 4), grids=((1, 8, 8),) * 3),
     replace(WIDE, name="stages", pp=3),
     replace(WIDE, name="frozen vision", freeze_vision=True, freeze_projector=True, pp=2),
+    replace(
+        WIDE,
+        name="stages of frozen vision alone",
+        freeze_vision=True,
+        freeze_projector=True,
+        pp=3,
+        lists=([3, 1, 0], [0, 0, 6]),
+    ),
+    replace(
+        WIDE, name="frozen vision before a trained projector", freeze_vision=True, pp=3, lists=([2, 2, 0], [0, 3, 3])
+    ),
+    replace(WIDE, name="frozen text behind vision", freeze_text=True, pp=3, lists=([4, 0, 0], [0, 3, 3])),
     replace(WIDE, name="trained projector", freeze_vision=True),
     replace(WIDE, name="frozen text", freeze_text=True),
     replace(WIDE, name="large vocabulary, two samples", vocab_size=16384, samples=2),
@@ -206,6 +221,18 @@ SIZES = [
     replace(WIDE, name="recomputed blocks", text_recompute=("full", "block", 3), vision_recompute=("full", "block", 1)),
     replace(WIDE, name="selective", text_recompute=("selective", None, None)),
 ]
+RECOMPUTE_SIZES = [
+    WIDE,
+    replace(
+        WIDE, name="selective", text_recompute=("selective", None, None), vision_recompute=("selective", None, None)
+    ),
+    replace(
+        WIDE, name="half of the layers", text_recompute=("full", "block", 3), vision_recompute=("full", "block", 2)
+    ),
+    replace(WIDE, name="every layer", text_recompute=FULL, vision_recompute=FULL),
+    replace(WIDE, name="groups", text_recompute=("full", "uniform", 2), vision_recompute=("full", "uniform", 2)),
+]
+"""From the one that keeps most to the one that keeps least."""
 TP_SIZES = [
     replace(WIDE, name="tensor ranks", tp=2),
     replace(WIDE, name="tensor ranks, recomputed", tp=2, text_recompute=FULL, vision_recompute=FULL),
@@ -219,7 +246,11 @@ def build_model(size: Size) -> Qwen2VLConfig:
     """The model of a size: six text and four vision layers."""
     hidden, wide, heads, groups = size.text
     model = small_model(
-        freeze_vision=size.freeze_vision, freeze_projector=size.freeze_projector, freeze_text=size.freeze_text
+        freeze_vision=size.freeze_vision,
+        freeze_projector=size.freeze_projector,
+        freeze_text=size.freeze_text,
+        vision_lists=size.lists[0],
+        text_lists=size.lists[1],
     )
     assert model.image_encoder is not None
     names = ("recompute_granularity", "recompute_method", "recompute_num_layers")
@@ -290,19 +321,20 @@ def activation_pairs(sizes: list[Size]) -> list[list[tuple[int, int]]]:
 
 def _kept_by_stages(size: Size, tensor_ranks: ParallelConfig, platform: Any) -> list[tuple[int, int]]:
     """The stages run one after another in this process; what each sends, the next one receives."""
-    from mindspeed_mm.models.qwen2vl.chunk import build_chunk
+    from mindspeed_mm.models.qwen2vl.chunk import InputGradient, build_chunk
 
     model, batch = build_model(size), build_batch(size)
     tensor_ranks = tensor_ranks.model_copy(update={"sequence_parallel": size.sequence_parallel})
     plan = StagePlan.build(model, ParallelConfig(tp_size=size.tp, pp_size=size.pp, world_size=size.tp * size.pp))
     training = TrainingConfig(micro_batch_size=1, global_batch_size=1, train_iters=1, seq_length=8, bf16=size.bf16)
-    trains_vision = not (size.freeze_vision and size.freeze_projector)
     pairs, payload = [], None
     for stage in plan.stages:
         chunk = build_chunk(model, plan, stage, tensor_ranks, training, platform, initialize=True)
         if payload is not None:
-            gets_gradient = Stream.TEXT_HIDDEN in stage.inputs or trains_vision
-            chunk.set_input_tensor(payload.detach().requires_grad_(gets_gradient))
+            if not input_needs_gradient(model, plan, stage):
+                chunk.input_gradient = InputGradient.NONE
+            # as megatron's schedules receive it
+            chunk.set_input_tensor(payload.detach().requires_grad_())
         kept, payload = kept_bytes(chunk, batch)
         estimate = stage_activations(
             model,
@@ -339,3 +371,12 @@ def test_activations_are_estimated_within_fifteen_percent(sizes: list[Size]) -> 
         for size, pairs in zip(sizes, pairs_by_size, strict=True):
             for stage, (estimated, kept) in enumerate(pairs):
                 assert abs(estimated - kept) <= TOLERANCE * kept, (size.name, stage, estimated, kept)
+
+
+def test_recomputation_really_keeps_less() -> None:
+    [pairs] = run_ranks(1, "tests.dist.test_memory_estimate:activation_pairs", RECOMPUTE_SIZES)
+    kept = [bytes_kept for [(_, bytes_kept)] in pairs]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[1] < 0.98 * kept[0]
+    assert kept[2] < 0.7 * kept[0]
+    assert kept[3] < 0.25 * kept[0]
