@@ -38,8 +38,7 @@ def token_weights(labels: Tensor, cu_seqlens: Tensor, kind: LossKind) -> Tensor:
         labels: [s] int64, already shifted, on the host.
         cu_seqlens: [samples + 1] int32.
         kind: `default` is the mean over tokens, `sample` the mean over samples of the mean over their tokens, `token`
-        the
-            plain sum (the division by the token count of the global batch comes after the last micro-batch).
+            the plain sum (the division by the token count of the global batch comes after the last micro-batch).
     Returns:
         [s] float32, 0 where nothing is supervised. Samples without supervised tokens are left out of the mean over
         samples.
