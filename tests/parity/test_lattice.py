@@ -6,7 +6,8 @@ The covering subset in `test_parity.py` runs with every test run; this one takes
 from __future__ import annotations
 
 import shutil
-from itertools import product
+from collections.abc import Iterator
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from tests.parity.test_parity import KINDS, SIZE, load_all, relative_max, worst_
 from tools.make_tiny_checkpoint import TinySize, make_tiny_checkpoint
 
 WIDE = TinySize(64, 96, 4, 8, 4, (1, 1, 2), 32, 4, 4)
+
+CASES_PER_JOB = 8
 
 LISTS: dict[tuple[int, int], list[tuple[Layers, Layers]]] = {
     (1, 1): [((), ())],
@@ -78,6 +81,14 @@ def _cases() -> list[Case]:
     return _layouts() + [Case(**layout, **problem, steps=5) for layout, problem in product(COVERING, PROBLEMS)]
 
 
+def _jobs() -> Iterator[tuple[int, bool, list[Case]]]:
+    """(processes, whether the wide model is used, cases): few cases a job, for every group of ranks leaves threads."""
+    for world_size, is_wide in sorted({(case.world_size, case.tp == 4) for case in CASES}):
+        cases = iter([case for case in CASES if (case.world_size, case.tp == 4) == (world_size, is_wide)])
+        while job := list(islice(cases, CASES_PER_JOB)):
+            yield world_size, is_wide, job
+
+
 def _stages(vision: Layers, text: Layers) -> list[tuple[int, int]]:
     def flat(layers: Layers) -> list[int]:
         return [n for entry in layers for n in (entry if isinstance(entry, tuple) else (entry,))]
@@ -99,9 +110,7 @@ def test_lattice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for kind in KINDS
     }
     rows, worst = [], 0.0
-    groups = sorted({(case.world_size, case.tp == 4) for case in CASES})
-    for world_size, is_wide in groups:
-        cases = [case for case in CASES if (case.world_size, case.tp == 4) == (world_size, is_wide)]
+    for world_size, is_wide, cases in _jobs():
         kinds = [kind for kind in checkpoints if kind.startswith("wide") == is_wide]
         out = tmp_path / "gradients"
         solved = run_ranks(
