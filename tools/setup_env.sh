@@ -10,6 +10,8 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${MM_VENV:-$ROOT/.venv}"
 CONSTRAINTS="$ROOT/constraints/cpu.txt"
 STAMP="$VENV/.mindspeed_mm_ready"
+# The older megatron-core that Ascend users are bound to lies beside the pinned one; tests put it first with PYTHONPATH.
+OLDER_MEGATRON=0.12.1
 
 say() { echo "setup: $*" >&2; }
 
@@ -30,6 +32,19 @@ find_python() {
     say "Python 3.11 or 3.12 is needed; python3 here is: $(python3 --version 2>&1 || true)"
     say "install one of them, or name it: MM_PYTHON=/path/to/python3.11 bash $0"
     exit 11
+}
+
+install_older_megatron() {  # megatron-core OLDER_MEGATRON without its dependencies, in a directory of its own
+    local target="$VENV/megatron-core-$OLDER_MEGATRON" staging="$VENV/.megatron-core.part"
+    [[ -d "$target" ]] && return
+    say "installing megatron-core $OLDER_MEGATRON beside it"
+    rm -rf "$staging"
+    # The wheel of one Python and machine serves all: only its Python sources are used, never its compiled data helper.
+    # From the source package, all there is for Python 3.12, a C++ compiler would have to build that helper.
+    "$VENV/bin/python" -m pip --disable-pip-version-check install --quiet --no-deps --only-binary :all: \
+        --python-version 3.11 --implementation cp --abi cp311 --platform manylinux_2_28_x86_64 \
+        --target "$staging" "megatron-core==$OLDER_MEGATRON" >&2
+    mv "$staging" "$target"
 }
 
 # What the environment is made of: when none of it has changed since the last time, there is nothing to do.
@@ -65,6 +80,7 @@ say "installing the pinned packages (a first run downloads a few hundred MB)"
 "${pip[@]}" setuptools >&2
 # Without build isolation the project is built by the setuptools pinned above, and nothing else is downloaded for it.
 "${pip[@]}" --no-build-isolation --editable "$ROOT[test,video,lora,mossvl]" >&2
+install_older_megatron
 fingerprint >"$STAMP"
 say "ready after $((SECONDS - start)) s"
 echo "$VENV"

@@ -68,11 +68,7 @@ def test_resumed_equals_uninterrupted(layout: Layout, place: Workplace, tmp_path
     ]
     codes = run_ranks(layout.world_size, "tests.dist.jobs:train", commands)
     assert codes == [[0, 0, 0]] * layout.world_size
-    shards = sorted(path.relative_to(whole) for path in whole.glob("iter_0000020/*/*.pt"))
-    assert shards
-    for shard in shards:
-        differences = list(unequal(read_shard(whole / shard), read_shard(parts / shard), str(shard)))
-        assert not differences
+    assert not unequal_shards(whole, parts, iteration=20)
     assert losses(whole) == losses(parts)
     assert (whole / "latest_checkpointed_iteration.txt").read_bytes() == b"20"
 
@@ -80,6 +76,13 @@ def test_resumed_equals_uninterrupted(layout: Layout, place: Workplace, tmp_path
 def losses(save: Path) -> list[tuple[int, float, float]]:
     rows = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
     return [(row["iteration"], row["loss"], row["grad_norm"]) for row in rows]
+
+
+def unequal_shards(one: Path, other: Path, *, iteration: int) -> list[str]:
+    """Places where two saves of an iteration differ."""
+    shards = sorted(path.relative_to(one) for path in one.glob(f"iter_{iteration:07d}/*/*.pt"))
+    assert shards
+    return [where for name in shards for where in unequal(read_shard(one / name), read_shard(other / name), str(name))]
 
 
 def unequal(a: Any, b: Any, where: str) -> Any:

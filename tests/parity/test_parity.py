@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from checkpoint.convert import mm_to_hf
 from tests.dist.harness import run_ranks
-from tests.parity.engine import Case
+from tests.parity.engine import Case, Result
 from tests.parity.reference import solve
 from tools.make_tiny_checkpoint import TinySize, make_tiny_checkpoint
 
@@ -65,7 +65,11 @@ KINDS = ("tied", "untied")
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("parity")
+    return make_checkpoints(tmp_path_factory.mktemp("parity"))
+
+
+def make_checkpoints(root: Path) -> dict[str, Path]:
+    """The checkpoint of each kind, below `root`."""
     return {
         kind: make_tiny_checkpoint(root / kind, tied=kind == "tied", seed=3, vocab_size=320, size=SIZE)
         for kind in KINDS
@@ -94,8 +98,13 @@ def test_layout_gives_the_numbers_of_transformers(
     tmp_path: Path,
 ) -> None:
     solved, gradients = results
-    key, reference = f"{case.name}-{kind}", solve(checkpoints[kind], *case.problem)
-    result = solved[key]
+    key = f"{case.name}-{kind}"
+    check_parity(case, solved[key], gradients / key, checkpoints[kind], tmp_path)
+
+
+def check_parity(case: Case, result: Result, gradients: Path, checkpoint: Path, work: Path) -> None:
+    """What the ranks found for a case, and the gradients that they wrote, are those of transformers."""
+    reference = solve(checkpoint, *case.problem)
     # The last rank answers: with replicas, it is the one that takes every second micro-batch from the second on.
     for ours, theirs in zip(result.logits, reference.logits[case.dp - 1 :: case.dp], strict=True):
         assert relative_max(ours, theirs) <= 1e-4
@@ -103,8 +112,8 @@ def test_layout_gives_the_numbers_of_transformers(
     assert result.losses == pytest.approx(reference.losses, rel=1e-4)
     # Adam divides by the root of tiny second moments: rounding grows tenfold faster in the norm than in the loss.
     assert result.grad_norms == pytest.approx(reference.grad_norms, rel=5e-3)
-    mm_to_hf(gradients / key, checkpoints[kind], tmp_path / "hf")
-    worst, deviation = worst_gradient(load_all(tmp_path / "hf"), reference.grads)
+    mm_to_hf(gradients, checkpoint, work / "hf")
+    worst, deviation = worst_gradient(load_all(work / "hf"), reference.grads)
     assert deviation <= 1e-4, f"{worst}: {deviation}"
 
 
