@@ -240,8 +240,8 @@ class RuntimeConfig(Settings):
     """Device kind; the best one present when not given."""
     distributed_backend: str = "nccl"
     """Collective library wanted on an accelerator; gloo is used where there is none."""
-    distributed_timeout_minutes: int = Field(default=10, gt=0)
-    """Minutes before a collective that a peer did not join fails."""
+    distributed_timeout_minutes: float = Field(default=10, gt=0)
+    """Minutes before a collective that a peer did not join fails; 0.5 is half a minute."""
     dry_run: bool = False
     """Check everything, print the plan and stop."""
     local_rank: int = Field(default=0, ge=0)

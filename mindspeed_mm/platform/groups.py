@@ -146,7 +146,7 @@ def init_process_group(platform: Platform, runtime: RuntimeConfig, environ: Mapp
         raise SetupError(_connection_problem(address, rank, world_size, error)) from error
 
 
-def init_model_parallel(parallel: ParallelConfig, plan: EmbeddingPlan, *, timeout_minutes: int = 30) -> Groups:
+def init_model_parallel(parallel: ParallelConfig, plan: EmbeddingPlan, *, timeout_minutes: float = 30) -> Groups:
     """Build megatron's groups (order tp-cp-ep-dp-pp) and ours; the embedding group follows the plan.
 
     Raises:
@@ -229,7 +229,7 @@ def destroy(*, wait: bool = True) -> None:
     dist.destroy_process_group()
 
 
-def _replica_group(ranks: Ranks, timeout_minutes: int) -> ProcessGroup:
+def _replica_group(ranks: Ranks, timeout_minutes: float) -> ProcessGroup:
     # Every process has to create every group, in the same order.
     mine = None
     for dp_rank in range(ranks.dp_size):
@@ -260,5 +260,11 @@ def _connection_problem(address: str, rank: int, world_size: int, error: Excepti
         return (
             head + "not all processes came in time. Check that every node was started, with the same WORLD_SIZE, "
             f"MASTER_ADDR and MASTER_PORT, and that a firewall lets them talk.\n{text.splitlines()[0]}"
+        )
+    if "connectFullMesh" in text:
+        return (
+            head
+            + "the processes cannot reach each other's addresses. Where a host name leads to the wrong network, set "
+            f"GLOO_SOCKET_IFNAME to the interface that joins the machines.\n{text.splitlines()[0]}"
         )
     return head + (text.splitlines() or [type(error).__name__])[0]
