@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -33,13 +32,14 @@ def run(*words: object, environ: dict[str, str] | None = None) -> subprocess.Com
     )
 
 
-def test_help_comes_at_once() -> None:
-    times = []
-    for _ in range(3):
-        start = time.monotonic()
-        assert run("-h").returncode == 0
-        times.append(time.monotonic() - start)
-    assert min(times) < 1.5
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from checkpoint.convert_cli import main\n"
+        "try: main(['-h'])\n"
+        "except SystemExit: print([name for name in ('torch', 'pydantic') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("[]\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
