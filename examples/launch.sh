@@ -1,8 +1,8 @@
 # shellcheck shell=bash
 # What every launch script does the same way; source it, set the variables of the recipe, then call `launch ENTRY ARGS...`.
 #
-# Reads: NPUS_PER_NODE, MASTER_PORT, HOSTFILE (empty: this machine alone), MASTER_ADDR, NNODES, NODE_RANK, TP, PP, CP, MBS,
-#        GRAD_ACC_STEP, SAVE_PATH, LOG_DIR, MM_DEVICE.
+# Reads: NPUS_PER_NODE, MASTER_PORT, HOSTFILE (empty: NNODES, NODE_RANK and MASTER_ADDR say it, or this machine is alone), TP,
+#        PP, CP, MBS, GRAD_ACC_STEP, SAVE_PATH, LOG_DIR, MM_DEVICE, DRY_RUN.
 # Sets:  DEVICE, NNODES, NODE_RANK, MASTER_ADDR, WORLD_SIZE, DP, GBS, DISTRIBUTED_ARGS.
 
 fail() {  # fail CODE TEXT...: end the script the way the Python side does (2 configuration, 11 environment)
@@ -65,19 +65,20 @@ is_own_host() {  # is $1 a name or an address of this machine, or a name that re
 
 find_nodes() {  # MASTER_ADDR, NNODES, NODE_RANK, from HOSTFILE where one is given
     if [[ -z "${HOSTFILE:-}" ]]; then
-        MASTER_ADDR="${MASTER_ADDR:-localhost}"
-        NNODES="${NNODES:-1}"
-        NODE_RANK="${NODE_RANK:-0}"
+        check_nodes
         return
     fi
     [[ -f "$HOSTFILE" ]] ||
-        fail 11 "HOSTFILE=$HOSTFILE does not exist." "Write one host name or address a line, the first is the master."
+        fail 11 "HOSTFILE=$HOSTFILE does not exist." "Write one host name or address a line, the first is the master." \
+            "Without a file, set HOSTFILE= and, for several machines, NNODES, NODE_RANK and MASTER_ADDR."
     local hosts repeated row
     mapfile -t hosts < <(read_hostfile "$HOSTFILE")
     ((${#hosts[@]} > 0)) ||
         fail 11 "$HOSTFILE names no host." "Write one host name or address a line, the first is the master."
     repeated="$(printf '%s\n' "${hosts[@]}" | sort | uniq -d | tr '\n' ' ')"
     [[ -z "$repeated" ]] || fail 11 "$HOSTFILE names a host twice: $repeated"
+    [[ "${NNODES:-${#hosts[@]}}" == "${#hosts[@]}" ]] ||
+        fail 11 "NNODES=$NNODES, but $HOSTFILE names ${#hosts[@]} hosts; unset NNODES, or set HOSTFILE= to go by NNODES."
     MASTER_ADDR="${hosts[0]}"
     NNODES="${#hosts[@]}"
     if [[ -n "${NODE_RANK:-}" ]]; then
@@ -94,10 +95,30 @@ find_nodes() {  # MASTER_ADDR, NNODES, NODE_RANK, from HOSTFILE where one is giv
             NODE_RANK="$row"
         fi
     done
+    if [[ -z "${NODE_RANK:-}" && "${DRY_RUN:-0}" != 0 ]]; then
+        NODE_RANK=0
+        echo "MASTER_ADDR=$MASTER_ADDR NNODES=$NNODES (this machine is not in $HOSTFILE; a dry run needs no place)"
+        return
+    fi
     [[ -n "${NODE_RANK:-}" ]] || fail 11 "none of the $NNODES hosts in $HOSTFILE is this machine: ${hosts[*]}" \
         "This machine answers to: $(tr '\n' ' ' <<<"$OWN_NAMES")" \
         "Add one of these to the file, or set NODE_RANK to this machine's line (the first is 0)."
     echo "MASTER_ADDR=$MASTER_ADDR NODE_ADDR=${hosts[NODE_RANK]} NODE_RANK=$NODE_RANK NNODES=$NNODES"
+}
+
+check_nodes() {  # NNODES, NODE_RANK and MASTER_ADDR as a scheduler sets them; one machine without them
+    NNODES="${NNODES:-1}"
+    [[ "$NNODES" =~ ^[1-9][0-9]*$ ]] || fail 11 "NNODES=$NNODES is not a number of machines."
+    if ((NNODES == 1)) || [[ "${DRY_RUN:-0}" != 0 ]]; then
+        NODE_RANK="${NODE_RANK:-0}"
+        MASTER_ADDR="${MASTER_ADDR:-localhost}"
+    fi
+    [[ -n "${NODE_RANK:-}" && -n "${MASTER_ADDR:-}" ]] ||
+        fail 11 "NNODES=$NNODES, but NODE_RANK='${NODE_RANK:-}' and MASTER_ADDR='${MASTER_ADDR:-}'." \
+            "Several machines need both: MASTER_ADDR is the first machine, NODE_RANK counts them from 0." \
+            "Or name the machines in a file and set HOSTFILE."
+    [[ "$NODE_RANK" =~ ^[0-9]+$ && "$NODE_RANK" -lt "$NNODES" ]] ||
+        fail 11 "NODE_RANK=$NODE_RANK with NNODES=$NNODES: it goes from 0 to $((NNODES - 1))."
 }
 
 prepare_launch() {  # everything that depends on the machine; call it after the recipe's variables are set
@@ -133,21 +154,55 @@ launch() {  # launch ENTRY ARGS...: run under torchrun with a log, then sum up; 
     done
     command -v torchrun >/dev/null ||
         fail 11 "torchrun is not on PATH; activate the environment first: source .venv/bin/activate"
-    local log status=0 child
+    local log status=0
     mkdir -p "$LOG_DIR"
-    log="$LOG_DIR/train_$(date +%Y%m%d_%H%M%S).log"
-    torchrun "${DISTRIBUTED_ARGS[@]}" "$@" 2>&1 | tee "$log" || status=$?
+    log="$LOG_DIR/train_$(date +%Y%m%d_%H%M%S)"
+    # The machines of a job often share the directory and start in the same second.
+    if ((NNODES > 1)); then log+="_node$NODE_RANK"; fi
+    log+=.log
+    run_logged "$log" torchrun "${DISTRIBUTED_ARGS[@]}" "$@" || status=$?
     chmod 440 "$log"
     if [[ -d "$SAVE_PATH" ]]; then
         find "$SAVE_PATH" -type d -exec chmod 750 {} +
         find "$SAVE_PATH" -type f -exec chmod 640 {} +
     fi
-    if ((status != 0)); then
-        # torchrun itself always ends with 1; the exit code of the process that failed first stands last in its report.
-        child="$(sed -nE 's/^ *exitcode *: *([0-9]+).*/\1/p' "$log" | tail -n 1)"
-        fail "${child:-$status}" "training failed with exit code ${child:-$status}; the log is $log"
-    fi
+    if ((status != 0)); then explain_failure "$log" "$status"; fi
     sum_up "$log"
+}
+
+run_logged() {  # run_logged LOG COMMAND...: SIGTERM goes on to the command, which saves; the log stays open until it ends
+    local log=$1 status=0 out writer child
+    shift
+    exec {out}> >(trap '' TERM INT; exec tee "$log")
+    writer=$!
+    "$@" >&"$out" 2>&1 {out}>&- &
+    child=$!
+    # shellcheck disable=SC2064
+    trap "kill -TERM $child 2>/dev/null || true" TERM
+    wait "$child" || status=$?
+    # A signal ends `wait`, not the command.
+    while kill -0 "$child" 2>/dev/null; do
+        status=0
+        wait "$child" || status=$?
+    done
+    trap - TERM
+    exec {out}>&-
+    wait "$writer" || true
+    return "$status"
+}
+
+explain_failure() {  # explain_failure LOG STATUS: end as the process that failed first did
+    local code
+    # torchrun itself always ends with 1; the exit code of the process that failed first stands last in its report.
+    code="$(sed -nE 's/^ *exitcode *: *(-?[0-9]+).*/\1/p' "$1" | tail -n 1)"
+    if [[ "$code" == -* ]]; then
+        fail 14 "training failed: signal ${code#-} ended a process of this machine (-9 is often the kernel's, out of memory: \
+see dmesg); the log is $1"
+    fi
+    # torchrun makes no report when it was asked to stop.
+    if [[ -z "$code" ]] && grep -q '^\(\[rank [0-9]*\] \)\?InterruptedRunError' "$1"; then code=18; fi
+    code="${code:-$2}"
+    fail "$code" "training failed with exit code $code; the log is $1"
 }
 
 window() {  # the last hundred of the first 150 iteration lines in $1: what comes before is warm-up

@@ -8,97 +8,37 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from mindspeed_mm.config import parse_command_line
+from tests.examples.workplace import RECIPES, ROOT, Workplace
 
-ROOT = Path(__file__).parents[2]
-RECIPES = {size: ROOT / f"examples/qwen2vl/finetune_qwen2vl_{size}.sh" for size in ("2b", "7b")}
-
-TORCHRUN = """#!/usr/bin/env bash
-printf '%s\\n' "$@" >"$STUB_DIR/arguments"
-env >"$STUB_DIR/environment"
-if [[ -f "$STUB_DIR/output" ]]; then cat "$STUB_DIR/output"; fi
-exit "${STUB_STATUS:-0}"
-"""
-HOSTNAME = """#!/usr/bin/env bash
-case "${1:-}" in
-    -I) echo "192.168.7.12 10.0.0.2 " ;;
-    -f) echo "node12.cluster.local" ;;
-    *) echo "node12" ;;
-esac
-"""
-GETENT = """#!/usr/bin/env bash
-case "$2" in
-    trainer-b) echo "10.0.0.2 STREAM trainer-b" ;;
-    trainer-a) echo "10.0.0.1 STREAM trainer-a" ;;
-    *) exit 2 ;;
-esac
+PATIENT_TORCHRUN = """#!/usr/bin/env bash
+trap 'sleep 0.5; echo saved; echo "InterruptedRunError: stopped by signal SIGTERM"; exit 1' TERM
+echo training
+for _ in {1..300}; do sleep 0.1; done
 """
 
 
-class Workplace:
-    """A directory with the stand-ins, where the scripts log and save."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.stub("torchrun", TORCHRUN)
-        self.stub("hostname", HOSTNAME)
-        self.stub("getent", GETENT)
-
-    def stub(self, name: str, text: str) -> None:
-        path = self.directory / "bin" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-        path.chmod(0o755)
-
-    def run(self, size: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        own = {
-            "PATH": f"{self.directory / 'bin'}:{os.environ['PATH']}",
-            "STUB_DIR": str(self.directory),
-            "LOG_DIR": str(self.directory / "logs"),
-            "SAVE_PATH": str(self.directory / "save"),
-            "MM_DEVICE": "cpu",
-        }
-        kept = {name: value for name, value in os.environ.items() if name in ("HOME", "LANG", "TMPDIR")}
-        return subprocess.run(
-            ["bash", str(RECIPES[size]), *arguments],
-            env=kept | own | variables,
-            cwd="/",
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-
-    def arguments(self) -> list[str]:
-        return (self.directory / "arguments").read_text().splitlines()
-
-    def hostfile(self, text: str) -> str:
-        path = self.directory / "hosts.txt"
-        path.write_text(text)
-        return str(path)
-
-
-@pytest.fixture
-def workplace(tmp_path: Path) -> Workplace:
-    return Workplace(tmp_path)
-
-
-@pytest.mark.parametrize(("size", "pp", "batch"), [("2b", 1, 192), ("7b", 4, 192)])
+@pytest.mark.parametrize(
+    ("size", "devices", "tp", "pp", "batch"), [("2b", 8, 1, 1, 192), ("7b", 8, 1, 4, 192), ("72b", 16, 2, 8, 96)]
+)
 def test_the_recipe_is_a_command_line_that_parses(
-    workplace: Workplace, size: str, pp: int, batch: int, monkeypatch: pytest.MonkeyPatch
+    workplace: Workplace, size: str, devices: int, tp: int, pp: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = workplace.run(size, "--log-params-norm")
+    result = workplace.run(size, "--log-params-norm", HOSTFILE="")
     assert result.returncode == 0, result.stderr
     arguments = workplace.arguments()
     entry = arguments.index("pretrain_vlm.py")
-    launcher = "--nproc_per_node 8 --nnodes 1 --node_rank 0 --master_addr localhost --master_port 6000"
+    launcher = f"--nproc_per_node {devices} --nnodes 1 --node_rank 0 --master_addr localhost --master_port 6000"
     assert " ".join(arguments[:entry]) == launcher
     monkeypatch.chdir(ROOT)
-    run = parse_command_line(arguments[entry + 1 :], {"WORLD_SIZE": "8"})
-    assert (run.parallel.tp_size, run.parallel.pp_size, run.parallel.cp_size) == (1, pp, 1)
+    run = parse_command_line(arguments[entry + 1 :], {"WORLD_SIZE": str(devices)})
+    assert (run.parallel.tp_size, run.parallel.pp_size, run.parallel.cp_size) == (tp, pp, 1)
+    assert run.runtime.distributed_timeout_minutes == 20
     assert run.training.global_batch_size == batch
     assert run.training.bf16
     assert run.optimizer.lr == 1e-5
@@ -190,10 +130,70 @@ def test_a_node_rank_from_outside_needs_no_name(workplace: Workplace) -> None:
     assert "it has 2 hosts" in result.stderr
 
 
-def test_a_missing_hostfile_is_named(workplace: Workplace) -> None:
-    result = workplace.run("7b", HOSTFILE="nowhere/hosts.txt")
+@pytest.mark.parametrize("arguments", [(), ("--dry-run",)])
+def test_a_missing_hostfile_is_named(workplace: Workplace, arguments: tuple[str, ...]) -> None:
+    result = workplace.run("7b", *arguments, HOSTFILE="nowhere/hosts.txt")
     assert result.returncode == 11
     assert "HOSTFILE=nowhere/hosts.txt does not exist" in result.stderr
+
+
+def test_a_number_of_nodes_that_the_hostfile_does_not_have_is_refused(workplace: Workplace) -> None:
+    result = workplace.run("7b", HOSTFILE=workplace.hostfile("10.0.0.1\n10.0.0.2"), NNODES="3")
+    assert result.returncode == 11
+    assert "NNODES=3, but" in result.stderr
+    assert "names 2 hosts" in result.stderr
+
+
+def test_the_largest_recipe_takes_its_own_hostfile(workplace: Workplace) -> None:
+    result = workplace.run("72b")
+    assert result.returncode == 11
+    assert (
+        "none of the 2 hosts in examples/qwen2vl/hostfile.txt is this machine: 192.0.2.11 192.0.2.12" in result.stderr
+    )
+
+
+def test_variables_of_a_scheduler_go_before_the_default_hostfile(workplace: Workplace) -> None:
+    assert workplace.run("72b", NNODES="3", NODE_RANK="2", MASTER_ADDR="node7").returncode == 0
+    assert "--nnodes 3 --node_rank 2 --master_addr node7" in " ".join(workplace.arguments())
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"NNODES": "2"}, "NNODES=2, but NODE_RANK='' and MASTER_ADDR=''"),
+        ({"NNODES": "2", "NODE_RANK": "1"}, "NODE_RANK='1' and MASTER_ADDR=''"),
+        ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "node7"}, "NODE_RANK=2 with NNODES=2: it goes from 0 to 1"),
+        ({"NNODES": "two"}, "NNODES=two is not a number of machines"),
+    ],
+)
+def test_variables_of_a_scheduler_have_to_be_complete(
+    workplace: Workplace, variables: dict[str, str], expected: str
+) -> None:
+    result = workplace.run("72b", **variables)
+    assert result.returncode == 11
+    assert expected in result.stderr
+
+
+@pytest.mark.parametrize(("variables", "processes"), [({}, 32), ({"NNODES": "4"}, 64), ({"HOSTFILE": ""}, 16)])
+def test_a_dry_run_needs_no_place_among_the_nodes(
+    workplace: Workplace, variables: dict[str, str], processes: int
+) -> None:
+    path = f"{Path(sys.executable).parent}:{workplace.environ()['PATH']}"
+    result = workplace.run("72b", "--dry-run", PATH=path, **variables)
+    assert result.returncode == 0, result.stderr
+    assert f"{processes} processes: TP 2, PP 8, CP 1, DP {processes // 16}" in result.stdout
+    assert "72-79" in result.stdout or "71-79" in result.stdout, "the layers of the last stage"
+    assert not (workplace.directory / "arguments").exists()
+
+
+@pytest.mark.parametrize(("own", "affinity"), [({}, "2"), ({"CPU_AFFINITY_CONF": "0"}, "0")])
+def test_the_largest_recipe_sets_what_npus_need(workplace: Workplace, own: dict[str, str], affinity: str) -> None:
+    npu = {"MM_DEVICE": "npu", "ASCEND_ENV": "/nowhere", "HOSTFILE": "", "NPUS_PER_NODE": "0"} | own
+    assert workplace.run("72b", **npu).returncode == 0
+    environment = (workplace.directory / "environment").read_text().splitlines()
+    assert f"CPU_AFFINITY_CONF={affinity}" in environment
+    assert "MULTI_STREAM_MEMORY_REUSE=2" in environment
+    assert "PYTORCH_NPU_ALLOC_CONF=expandable_segments:True" in environment
 
 
 def test_the_log_is_kept_and_closed(workplace: Workplace) -> None:
@@ -212,13 +212,44 @@ def test_the_log_is_kept_and_closed(workplace: Workplace) -> None:
 
 @pytest.mark.parametrize(
     ("report", "code"),
-    [("", 1), ("Root Cause (first observed failure):\n[0]:\n  exitcode  : 13 (pid: 77)\n", 13)],
+    [
+        ("", 1),
+        ("Root Cause (first observed failure):\n[0]:\n  exitcode  : 13 (pid: 77)\n", 13),
+        ("[rank 1] InterruptedRunError: stopped by signal SIGTERM after iteration 7, saved to save.\n", 18),
+    ],
 )
 def test_a_failed_run_fails_the_script(workplace: Workplace, report: str, code: int) -> None:
     (workplace.directory / "output").write_text(report)
     result = workplace.run("2b", STUB_STATUS="1")
     assert result.returncode == code
     assert f"training failed with exit code {code}; the log is" in result.stderr
+
+
+def test_a_killed_process_is_a_lost_one(workplace: Workplace) -> None:
+    report = "Failures:\n[1]:\n  exitcode  : 14 (pid: 78)\nRoot Cause:\n[0]:\n  exitcode  : -9 (pid: 77)\n"
+    (workplace.directory / "output").write_text(report)
+    result = workplace.run("2b", STUB_STATUS="1")
+    assert result.returncode == 14
+    assert "signal 9 ended a process of this machine" in result.stderr
+
+
+def test_a_request_to_end_goes_on_to_torchrun(workplace: Workplace) -> None:
+    workplace.stub("torchrun", PATIENT_TORCHRUN)
+    command = ["bash", str(RECIPES["2b"])]
+    with subprocess.Popen(command, env=workplace.environ(), cwd="/", stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line == "training\n":
+                process.terminate()
+        assert process.wait(timeout=30) == 18
+    (log,) = (workplace.directory / "logs").glob("*.log")
+    assert log.read_text() == "training\nsaved\nInterruptedRunError: stopped by signal SIGTERM\n"
+
+
+def test_machines_with_one_directory_write_logs_of_their_own(workplace: Workplace) -> None:
+    workplace.run("7b", NNODES="2", NODE_RANK="1", MASTER_ADDR="node7")
+    (log,) = (workplace.directory / "logs").iterdir()
+    assert log.name.endswith("_node1.log")
 
 
 def test_the_speed_is_averaged_over_the_iterations_51_to_150(workplace: Workplace) -> None:
