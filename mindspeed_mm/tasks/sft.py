@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mindspeed_mm.config import RunConfig, parse_command_line
-from mindspeed_mm.errors import ConfigError, MindSpeedMMError, PeerLostError
+from mindspeed_mm.errors import ConfigError, MindSpeedMMError
 from mindspeed_mm.plan import StagePlan, check_trainable
 from mindspeed_mm.plan.dry_run import render_dry_run
 from mindspeed_mm.storage.publish import check_target
@@ -44,24 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.error("%s: %s", type(error).__name__, error)
         return error.exit_code
     except RuntimeError as error:
-        lost = explain_lost_peer(error)
-        if lost is None:
+        from mindspeed_mm.platform.peers import is_lost_peer, lost_peer_error
+
+        # Outside of the roll call: while groups are built, or at the last barrier.
+        if not is_lost_peer(error):
             raise
+        lost = lost_peer_error(error, "another process of the job ended or hangs.", "start-up or shut-down", None)
         logger.error("%s: %s", type(lost).__name__, lost)
         return lost.exit_code
     return 0
-
-
-def explain_lost_peer(error: RuntimeError) -> PeerLostError | None:
-    """The named error behind a failed collective, or None when the error is something else."""
-    text = str(error)
-    marks = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Watchdog caught collective")
-    if not any(mark in text for mark in marks):
-        return None
-    return PeerLostError(
-        f"another process of the job ended or hangs: {text.splitlines()[0]}\n"
-        "  Its own message stands earlier in the log, or in the log of its machine."
-    )
 
 
 def check_export(run: RunConfig) -> None:
@@ -124,6 +115,7 @@ def train(run: RunConfig, plan: StagePlan) -> None:
     """Join the other processes, build this rank's part, train, export."""
     from mindspeed_mm.platform.groups import destroy, init_model_parallel, init_process_group, seed_everything
     from mindspeed_mm.platform.patches import megatron_version
+    from mindspeed_mm.platform.peers import Peers
     from mindspeed_mm.platform.select import activate, choose_platform
 
     platform = choose_platform(run.runtime.device)
@@ -136,25 +128,29 @@ def train(run: RunConfig, plan: StagePlan) -> None:
 
     started = time.perf_counter()
     init_process_group(platform, run.runtime)
+    timeout_minutes = run.runtime.distributed_timeout_minutes
     finished = False
     try:
-        groups = init_model_parallel(run.parallel, plan, timeout_minutes=run.runtime.distributed_timeout_minutes)
-        seed_everything(platform, run.training.seed, groups.ranks)
-        if groups.ranks.rank == 0:
-            for note in run.notes:
-                logger.info(note)
-            logger.info("megatron-core %s on %s", megatron_version(), platform.name)
-            logger.info("stage plan\n%s", plan.table())
-        logger.info("time to initialize megatron (seconds): %.3f", time.perf_counter() - started)
-        trainer = build_trainer(run, plan, groups, platform)
-        logger.info("done with setup ...\ntraining ...")
-        try:
-            trainer.train()
-        finally:
-            if trainer.reporter is not None:
-                trainer.reporter.close()
-        if run.checkpoint.save_hf:
-            export_hf(run, plan, groups, trainer)
+        with Peers.of_job(os.environ, timeout_minutes) as peers:
+            groups = init_model_parallel(run.parallel, plan, timeout_minutes=timeout_minutes)
+            seed_everything(platform, run.training.seed, groups.ranks)
+            if groups.ranks.rank == 0:
+                for note in run.notes:
+                    logger.info(note)
+                logger.info("megatron-core %s on %s", megatron_version(), platform.name)
+                logger.info("stage plan\n%s", plan.table())
+            logger.info("time to initialize megatron (seconds): %.3f", time.perf_counter() - started)
+            trainer = build_trainer(run, plan, groups, platform)
+            peers.activity = lambda: f"iteration {trainer.state.iteration + 1}"
+            logger.info("done with setup ...\ntraining ...")
+            try:
+                trainer.train()
+            finally:
+                if trainer.reporter is not None:
+                    trainer.reporter.close()
+            if run.checkpoint.save_hf:
+                peers.activity = lambda: "the export"
+                export_hf(run, plan, groups, trainer)
         finished = True
     finally:
         destroy(wait=finished)
