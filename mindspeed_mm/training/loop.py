@@ -121,7 +121,7 @@ class Trainer:
 
     def _iterate(self, iterators: list[Iterator[Batch]]) -> None:
         started = time.perf_counter()
-        # Of a group with no fields of its own: the schedule unscaled. A frozen stage may have no groups to read it from.
+        # Of a group with no fields of its own: the schedule unscaled. A frozen stage may have no groups to read.
         learning_rate = float(self.scheduler.get_lr({}))
         self.relay.flush()
         for model in self.models:
