@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import multiprocessing
 import os
 import pickle
 import random
+import signal
 import socket
 import sys
 import traceback
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+PR_SET_PDEATHSIG = 1
 
 
 def run_ranks(world_size: int, target: str, *args: Any, timeout_s: float = 300) -> list[Any]:
@@ -107,6 +110,8 @@ def _run(rank: int, world_size: int, port: int, target: str, args: tuple[Any, ..
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    # A test run that is killed takes its processes with it.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)
     try:

@@ -43,6 +43,8 @@ class Case:
     sp: bool = False
     recompute: str = ""
     distributed_optimizer: bool = False
+    overlap: str = ""
+    """What runs beside the computation: "reduce" of gradients, or also "gather" of weights."""
     bf16: bool = False
     steps: int = 20
     frozen: tuple[str, ...] = ()
@@ -66,7 +68,7 @@ class Case:
         lists = f"-v{_join(self.vision)}-t{_join(self.text)}" if self.pp > 1 else ""
         flags = [f"cp{self.cp}"] * (self.cp > 1) + ["sp"] * self.sp
         flags += [f"dp{self.dp}"] * (self.dp > 1) + ["dist"] * self.distributed_optimizer + ["bf16"] * self.bf16
-        flags += [self.recompute] * bool(self.recompute)
+        flags += [f"overlap_{self.overlap}"] * bool(self.overlap) + [self.recompute] * bool(self.recompute)
         flags += ["frozen_" + "_".join(self.frozen)] * bool(self.frozen)
         flags += [self.loss] * (self.loss != "default") + [self.batches] * (self.batches != "mixed")
         return "-".join([f"tp{self.tp}pp{self.pp}" + (f"vp{self.vp}" if self.vp > 1 else "") + lists, *flags])
@@ -142,6 +144,8 @@ def _solve(case: Case, checkpoint: Path, out: Path, platform: Any) -> Result | N
         weight_decay=WEIGHT_DECAY,
         clip_grad=CLIP,
         use_distributed_optimizer=case.distributed_optimizer,
+        overlap_grad_reduce=bool(case.overlap),
+        overlap_param_gather=case.overlap == "gather",
     )
     plan = StagePlan.build(model, parallel)
     groups = init_model_parallel(parallel, plan, timeout_minutes=5)
@@ -155,7 +159,7 @@ def _solve(case: Case, checkpoint: Path, out: Path, platform: Any) -> Result | N
         chunks.append(chunk)
     models = wrap_chunks(chunks, settings, training)
     optimizer = build_optimizer(settings, training, models)
-    connect_schedule(models, optimizer, groups.embedding)
+    connect_schedule(models, optimizer, groups.embedding, overlaps_gather=settings.overlap_param_gather)
     # Replicas share the micro-batches out in turn, as the sampler does.
     mine = batches[groups.ranks.dp_rank :: case.dp]
     job = _Job(models, optimizer, mine, groups, platform, loss_kind(training))

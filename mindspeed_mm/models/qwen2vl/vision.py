@@ -32,13 +32,21 @@ class PatchEmbed(nn.Module):
     def __init__(self, vision: VisionEncoderConfig, dtype: torch.dtype) -> None:
         super().__init__()
         kernel = (vision.temporal_patch_size, vision.patch_size, vision.patch_size)
-        # Only the parameter of the convolution is used; checkpoints keep its five dims.
-        self.proj = nn.Conv3d(vision.in_channels, vision.hidden_size, kernel, stride=kernel, bias=False, dtype=dtype)
+        self.proj = _FlatConv3d(vision.in_channels, vision.hidden_size, kernel, stride=kernel, bias=False, dtype=dtype)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[p, 1, e] of pixel_values [p, channels * frames * height * width]."""
-        weight = self.proj.weight
-        return nn.functional.linear(pixel_values.to(weight.dtype), weight.flatten(1)).unsqueeze(1)
+        return self.proj(pixel_values).unsqueeze(1)
+
+
+class _FlatConv3d(nn.Conv3d):
+    """Keeps the five dims of the weight, as checkpoints have it, and takes patches that are flat.
+
+    A module of its own, because megatron waits for gathered weights before the forward of the module that holds them.
+    """
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return nn.functional.linear(patches.to(self.weight.dtype), self.weight.flatten(1))
 
 
 class VisionTower(nn.Module):
