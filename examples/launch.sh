@@ -196,7 +196,7 @@ explain_failure() {  # explain_failure LOG STATUS: end as the process that faile
     # torchrun itself always ends with 1; the exit code of the process that failed first stands last in its report.
     code="$(sed -nE 's/^ *exitcode *: *(-?[0-9]+).*/\1/p' "$1" | tail -n 1)"
     if [[ "$code" == -* ]]; then
-        fail 14 "training failed: signal ${code#-} ended a process of this machine (-9 is often the kernel's, out of memory: \
+        fail 14 "training failed: signal ${code#-} ended a process of this machine (9 is often the kernel's, for want of memory: \
 see dmesg); the log is $1"
     fi
     # torchrun makes no report when it was asked to stop.

@@ -76,6 +76,36 @@ def test_a_killed_rank_is_named_by_the_other(place: Workplace, tmp_path: Path, l
     assert "Traceback" not in text
 
 
+@pytest.mark.slow
+def test_torchrun_leaves_time_for_the_message(place: Workplace, tmp_path: Path) -> None:
+    argv = arguments(place, place.model((4, 0), (1, 3)), "--train-iters", "100000", "--load", str(place.hf))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
+    command += [str(ROOT / "pretrain_vlm.py"), *argv, "--pipeline-model-parallel-size", "2"]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        torchrun = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, text=True, env=ENVIRON)
+    try:
+        wait_for(TRAINING, log, torchrun)
+        children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        # torchrun now asks the other one to end, which names the lost one first.
+        assert torchrun.wait(timeout=60) == 1
+    finally:
+        torchrun.terminate()
+        torchrun.wait()
+    text = log.read_text()
+    assert f"process {children[-1]}) does not answer: killed" in text
+    assert re.search(r"exitcode *: 14", text), text
+
+
 def test_a_stopped_rank_is_named_when_the_time_is_over(place: Workplace, tmp_path: Path) -> None:
     with two_processes(place, tmp_path, "--distributed-timeout-minutes", "0.2") as processes:
         processes[1].send_signal(signal.SIGSTOP)
