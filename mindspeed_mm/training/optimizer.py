@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from packaging.version import Version
 from torch import nn
 
+from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.common.transformer import DTYPES
+from mindspeed_mm.platform.patches import megatron_version
 
 if TYPE_CHECKING:
     from mindspeed_mm.config import OptimizerConfig, TrainingConfig
@@ -95,7 +98,19 @@ def _group_arguments(
 def build_scheduler(
     optimizer: MegatronOptimizer, settings: OptimizerConfig, training: TrainingConfig
 ) -> OptimizerParamScheduler:
-    """The schedule of learning rate and weight decay; it counts samples, so another global batch keeps its shape."""
+    """The schedule of learning rate and weight decay; it counts samples, so another global batch keeps its shape.
+
+    Raises:
+        ConfigError: the installed megatron-core does not know the decay style.
+    """
+    if settings.lr_decay_style == "WSD" and settings.lr_wsd_decay_style == "minus_sqrt":
+        installed = megatron_version()
+        if Version(installed) < Version("0.13"):
+            # It would go unnoticed until the decay begins, and end the run there.
+            raise ConfigError(
+                "command line",
+                f"megatron-core {installed} does not know --lr-wsd-decay-style minus_sqrt; choose another style.",
+            )
     batch = training.global_batch_size
     decay = (settings.lr_decay_iters or training.train_iters) * batch
     if settings.lr_warmup_fraction is not None:

@@ -1,7 +1,7 @@
 """The core of the parity suite on the older megatron-core, which Ascend users are bound to.
 
-`tools/setup_env.sh` installs it beside the pinned one. Here it comes first in the search path of a job's processes; this
-process imports neither. Bounds and reference are those of `test_parity.py`.
+`tools/setup_env.sh` installs it beside the pinned one. Here it comes first in the search path of a job, whose processes
+check that they run it. Bounds and reference are those of `test_parity.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.dist.harness import ROOT, run_ranks
 from tests.dist.jobs import Workplace, arguments, make_workplace, train
 from tests.dist.test_resume import losses, unequal_shards
 from tests.parity.engine import Case, solve_all
-from tests.parity.test_parity import KINDS, check_parity, make_checkpoints
+from tests.parity.test_parity import KINDS, check_parity
 
 VERSION = "0.12.1"
 PLACE = Path(sys.prefix) / f"megatron-core-{VERSION}"
@@ -33,7 +33,7 @@ CASES = [
     Case(dp=2, distributed_optimizer=True),
     Case(pp=2, vision=(3, 1), text=(0, 4)),
     Case(pp=2, vp=2, vision=((1, 2), (1, 0)), text=((0, 0), (0, 4)), recompute="block"),
-    Case(pp=2, vision=(4, 0), text=(1, 3), frozen=("vision",), loss="token", steps=5),
+    Case(pp=2, vision=(4, 0), text=(1, 3), frozen=("vision",), steps=5),
     Case(tp=2, pp=2, sp=True, vision=(1, 3), text=(0, 4), distributed_optimizer=True),
 ]
 
@@ -81,11 +81,6 @@ def assert_older() -> None:
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return make_checkpoints(tmp_path_factory.mktemp("megatron0121"))
-
-
-@pytest.fixture(scope="module")
 def results(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     out = tmp_path_factory.mktemp("gradients0121")
     solved: dict[str, Any] = {}
@@ -122,6 +117,13 @@ def test_resumed_equals_uninterrupted(place: Workplace, tmp_path: Path) -> None:
     assert run_on_older(2, "train_on_older", commands) == [[0, 0, 0]] * 2
     assert not unequal_shards(whole, parts, iteration=4)
     assert losses(whole) == losses(parts)
+
+
+def test_what_it_lacks_is_refused(place: Workplace, capfd: pytest.CaptureFixture[str]) -> None:
+    style = ("--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "2", "--lr-wsd-decay-style", "minus_sqrt")
+    argv = arguments(place, place.model((4,), (4,)), "--train-iters", "4", "--load", str(place.hf), *style)
+    assert run_on_older(1, "train_on_older", [argv]) == [[2]]
+    assert "megatron-core 0.12.1 does not know --lr-wsd-decay-style minus_sqrt" in capfd.readouterr().out
 
 
 def test_command_line_trains_alike_on_both(place: Workplace, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from checkpoint.convert import mm_to_hf
 from tests.dist.harness import run_ranks
 from tests.parity.engine import Case, Result
 from tests.parity.reference import solve
-from tools.make_tiny_checkpoint import TinySize, make_tiny_checkpoint
+from tools.make_tiny_checkpoint import TinySize
 
 SIZE = TinySize(64, 96, 4, 4, 2, (2, 3, 3), 32, 4, 2)
 
@@ -51,6 +51,9 @@ CASES = [
     Case(pp=3, vision=(2, 2, 0), text=(0, 0, 4)),
     Case(tp=2, pp=3, vision=(4, 0, 0), text=(1, 2, 1)),
     Case(tp=2, pp=3, vision=(3, 1, 0), text=(0, 1, 3), distributed_optimizer=True),
+    Case(dp=2, distributed_optimizer=True, overlap="gather", steps=5),
+    Case(dp=2, overlap="reduce", steps=5),
+    Case(pp=2, dp=2, vp=2, vision=((4, 0), (0, 0)), text=((0, 1), (2, 1)), overlap="reduce", steps=5),
     # Frozen parts, kinds of loss, kinds of batch.
     Case(pp=2, vision=(4, 0), text=(1, 3), frozen=("vision",), steps=5),
     Case(pp=2, vision=(3, 1), text=(0, 4), frozen=("vision", "projector"), steps=5),
@@ -61,19 +64,6 @@ CASES = [
     Case(pp=2, vision=(3, 1), text=(0, 4), batches="text", loss="sample", distributed_optimizer=True, steps=5),
 ]
 KINDS = ("tied", "untied")
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return make_checkpoints(tmp_path_factory.mktemp("parity"))
-
-
-def make_checkpoints(root: Path) -> dict[str, Path]:
-    """The checkpoint of each kind, below `root`."""
-    return {
-        kind: make_tiny_checkpoint(root / kind, tied=kind == "tied", seed=3, vocab_size=320, size=SIZE)
-        for kind in KINDS
-    }
 
 
 @pytest.fixture(scope="session")
