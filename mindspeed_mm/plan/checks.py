@@ -160,6 +160,11 @@ def holds_trainable(model: Qwen2VLConfig, plan: StagePlan, stage: Stage) -> bool
     return not encoder.vision_encoder.freeze or (holds_projector and not encoder.vision_projector.freeze)
 
 
+def input_needs_gradient(model: Qwen2VLConfig, plan: StagePlan, stage: Stage) -> bool:
+    """Whether anything before `stage` is trained: only then its backward pass has to go on to the stage before."""
+    return any(holds_trainable(model, plan, earlier) for earlier in plan.stages[: plan.number_of(stage)])
+
+
 def check_trainable(model: Qwen2VLConfig, plan: StagePlan, enable_dummy_optimizer: bool) -> None:
     """Check that every pipeline rank has something to train.
 

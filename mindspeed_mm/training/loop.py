@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from mindspeed_mm.errors import InterruptedRunError, NumericError
 from mindspeed_mm.plan.flops import SampleShape, training_flops
 from mindspeed_mm.training.checkpoint import Trainee, TrainState, save_checkpoint
 from mindspeed_mm.training.gradients import GradientFinalizer
+from mindspeed_mm.training.messages import GradientMessages
 from mindspeed_mm.training.metrics import IterationMetrics, Reporter
 from mindspeed_mm.training.norms import parameters_norm
 from mindspeed_mm.training.step import StepResult, forward_step, loss_kind, summarise
@@ -61,6 +62,10 @@ class Trainer:
     validation_iters: int
     reporter: Reporter | None
     state: TrainState
+    messages: GradientMessages = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.messages = GradientMessages(self.trainee.chunks, self.plan, self.run.model)
 
     @property
     def trainee(self) -> Trainee:
@@ -203,15 +208,17 @@ class Trainer:
         training = self.run.training
         kind = loss_kind(training)
         interleaved = len(self.models) > 1
+        num_micro_batches = num_micro_batches or training.num_micro_batches(self.groups.ranks.dp_size)
         measures = get_forward_backward_func()(
             forward_step_func=partial(forward_step, kind=kind),
             data_iterator=iterators if interleaved else iterators[0],
             model=self.models if interleaved else self.models[0],
-            num_microbatches=num_micro_batches or training.num_micro_batches(self.groups.ranks.dp_size),
+            num_microbatches=num_micro_batches,
             # Both are ignored: shapes vary and are exchanged before every transfer.
             seq_length=training.seq_length,
             micro_batch_size=training.micro_batch_size,
             forward_only=forward_only,
+            **({} if forward_only else self.messages.arguments(num_micro_batches)),
         )
         if not measures:
             return None

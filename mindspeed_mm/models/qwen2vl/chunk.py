@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
     from mindspeed_mm.config import ParallelConfig, Qwen2VLConfig, TrainingConfig
     from mindspeed_mm.ops.batch import Batch
     from mindspeed_mm.platform.base import Platform
+
+
+class InputGradient(StrEnum):
+    """What the schedule finds as the gradient of a chunk's input."""
+
+    WHOLE = "whole"
+    NONE = "none"
+    """Nothing: the stage before receives nothing."""
+    STAND_IN = "stand_in"
+    """One number, for a schedule that always sends something."""
 
 
 class Qwen2VLChunk(MegatronModule):
@@ -67,7 +78,8 @@ class Qwen2VLChunk(MegatronModule):
                 # up.
                 batch_p2p_comm=parallel.vp_size == 1,
                 overlap_p2p_comm=parallel.vp_size > 1,
-                deallocate_pipeline_outputs=True,
+                # The interleaved schedule frees what it sent before it waits for the send; gloo may still be reading.
+                deallocate_pipeline_outputs=parallel.vp_size == 1 or dist.get_backend() != "gloo",
                 calculate_per_token_loss=training.calculate_per_token_loss,
             )
         )
@@ -81,6 +93,7 @@ class Qwen2VLChunk(MegatronModule):
         # them; `mindspeed_mm.training.gradients` sums their gradients instead.
         self.share_embeddings_and_output_weights = False
         self.holds_tied_copy = plan.is_tied and plan.stage_of(Part.TOKEN_EMBED) != plan.stage_of(Part.LM_HEAD)
+        self.input_gradient = InputGradient.WHOLE
         self._received: Tensor | None = None
         self.image_encoder: ImageEncoder | None = None
         self.text_decoder: TextDecoder | None = None
@@ -100,7 +113,15 @@ class Qwen2VLChunk(MegatronModule):
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """Take what the stage before sent; called by megatron's schedules before every forward pass."""
-        self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        if received is None or self.input_gradient is InputGradient.WHOLE:
+            self._received = received
+            return
+        self._received = received.detach()
+        # The schedule keeps what it received until the backward pass: leave it an empty hull.
+        received.data = received.new_empty(1, 1, 1)
+        if self.input_gradient is InputGradient.STAND_IN:
+            received.grad = torch.zeros_like(received)
 
     def tied_weight(self) -> torch.nn.Parameter | None:
         """The embedding, or the output head's copy of it, where the two live on different stages; None otherwise."""

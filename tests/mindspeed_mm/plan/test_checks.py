@@ -8,7 +8,7 @@ import pytest
 
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.plan import StagePlan, check_trainable
-from mindspeed_mm.plan.checks import layer_list_problems
+from mindspeed_mm.plan.checks import input_needs_gradient, layer_list_problems
 
 from .models import parallel, small_model
 
@@ -206,3 +206,23 @@ def test_a_rank_is_trainable_through_another_chunk() -> None:
 def test_a_wholly_frozen_model_is_refused_even_with_a_dummy_optimizer() -> None:
     with pytest.raises(ConfigError, match="there is nothing to train"):
         trainable(enable_dummy_optimizer=True, freeze_projector=True, freeze_text=True)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "needed"),
+    [
+        (("vision", "projector"), [False, False, False, False, True, True]),
+        (("vision",), [False, False, False, True, True, True]),
+        (("vision", "text"), [False, False, False, True, True, True]),
+        (("projector",), [False, True, True, True, True, True]),
+        (("text",), [False, True, True, True, True, True]),
+    ],
+)
+def test_gradients_are_needed_behind_the_first_trained_stage(frozen: tuple[str, ...], needed: list[bool]) -> None:
+    model = small_model(
+        vision_lists=[[2, 1, 1], [0, 0, 0]],
+        text_lists=[[0, 0, 0], [2, 2, 2]],
+        **{f"freeze_{part}": True for part in frozen},  # type: ignore[arg-type]
+    )
+    plan = StagePlan.build(model, parallel(pp=3, vp=2))
+    assert [input_needs_gradient(model, plan, stage) for stage in plan.stages] == needed
