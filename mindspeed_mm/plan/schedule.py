@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 
 from mindspeed_mm.errors import ConfigError
 
@@ -112,6 +113,8 @@ def simulate(
 ) -> Timeline:
     """Run the schedule with stages of known speed; transfers take no time and wait for nobody.
 
+    The first stages that have no backward pass (nothing is trained at or before them) wait for no gradient either.
+
     Args:
         forward, backward: time of one micro-batch on every stage, in forward order (`vp_stage * pp_size + pp_rank`),
             in any unit.
@@ -120,6 +123,7 @@ def simulate(
     """
     last = pp_size * vp_size - 1
     assert len(forward) == len(backward) == last + 1, "one time per stage"
+    forward_only = sum(1 for _ in takewhile(lambda time: time == 0, backward))
     orders = [rank_steps(rank, pp_size, vp_size, num_micro_batches) for rank in range(pp_size)]
     at, free = [0] * pp_size, [0.0] * pp_size
     ends: dict[tuple[int, int, bool], float] = {}
@@ -130,7 +134,7 @@ def simulate(
             while at[rank] < len(order):
                 step = order[at[rank]]
                 stage = step.vp_stage * pp_size + rank
-                ready = _ready(ends, stage, last, step)
+                ready = _ready(ends, stage, last if stage >= forward_only else stage, step)
                 if ready is None:
                     break
                 start = max(free[rank], ready)
@@ -142,11 +146,11 @@ def simulate(
     return Timeline(pp_size, vp_size, num_micro_batches, tuple(blocks))
 
 
-def _ready(ends: dict[tuple[int, int, bool], float], stage: int, last: int, step: Step) -> float | None:
-    """When the input of a step is there; None while its sender has not run."""
+def _ready(ends: dict[tuple[int, int, bool], float], stage: int, turn: int, step: Step) -> float | None:
+    """When the input of a step is there; None while its sender has not run. Backward starts at stage `turn`."""
     if step.is_forward:
         return 0.0 if stage == 0 else ends.get((stage - 1, step.micro_batch, True))
-    sender = (stage, step.micro_batch, True) if stage == last else (stage + 1, step.micro_batch, False)
+    sender = (stage, step.micro_batch, True) if stage == turn else (stage + 1, step.micro_batch, False)
     return ends.get(sender)
 
 

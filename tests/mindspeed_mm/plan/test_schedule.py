@@ -57,7 +57,8 @@ def test_every_step_runs_once_after_its_input_and_alone_on_its_rank(
         times = forward if is_forward else backward
         assert block.end - block.start == pytest.approx(times[stage])
         sender = (stage - 1 if is_forward else stage + 1, micro_batch, is_forward)
-        if 0 <= sender[0] < pp * vp:
+        sends_gradient = any(backward[: stage + 1])
+        if 0 <= sender[0] < pp * vp and (is_forward or sends_gradient):
             assert block.start >= spans[sender].end
         if not is_forward:
             assert block.start >= spans[stage, micro_batch, True].end
@@ -81,6 +82,15 @@ def test_the_slowest_stage_sets_the_pace() -> None:
     timeline = run([1.0, 5.0, 1.0], [2.0, 10.0, 2.0], pp=3, micro_batches=100)
     assert timeline.length == pytest.approx(1500, rel=0.01)
     assert timeline.efficiency == pytest.approx(21 / 45, rel=0.01)
+
+
+def test_stages_without_backward_at_the_start_wait_for_nobody() -> None:
+    timeline = run([1.0, 1.0, 1.0], [0.0, 2.0, 2.0], pp=3, micro_batches=20)
+    ends = [block.end for block in timeline.blocks if block.pp_rank == 0 and block.step.is_forward]
+    assert ends == [float(number) for number in range(1, 21)]
+    behind_a_trained_one = run([1.0, 1.0, 1.0], [2.0, 0.0, 2.0], pp=3, micro_batches=20)
+    last = [block for block in behind_a_trained_one.blocks if block.pp_rank == 0][-1]
+    assert last.end == behind_a_trained_one.length
 
 
 def test_a_rank_holds_what_is_between_forward_and_backward() -> None:
