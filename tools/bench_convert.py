@@ -230,7 +230,7 @@ def run(params: str, layout: str, again: str, repeats: int, workers: int, root: 
         f"resplit {layout} -> {again}": (resplit, mm),
     }
     hf_to_mm(mm)
-    shelf = _Shelf(root / "targets", size)
+    shelf = _Shelf(root / "targets", size, fills_memory=params != "tiny")
     for _ in range(shelf.room):
         copy(hf, shelf.place())
     found: dict[str, list[tuple[Measured, Measured]]] = {name: [] for name in jobs}
@@ -249,9 +249,9 @@ def run(params: str, layout: str, again: str, repeats: int, workers: int, root: 
 class _Shelf:
     """Places for targets; what lies there longest is deleted when they would take more than memory or disk have."""
 
-    def __init__(self, root: Path, size: int) -> None:
+    def __init__(self, root: Path, size: int, *, fills_memory: bool) -> None:
         root.mkdir()
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if fills_memory else 0
         disk = shutil.disk_usage(root).free
         self.room = max(1, min(memory // size + 1, disk // (size * 5 // 4) - 1))
         self._root = root

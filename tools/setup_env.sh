@@ -39,6 +39,7 @@ install_older_megatron() {  # megatron-core OLDER_MEGATRON without its dependenc
     [[ -d "$target" ]] && return
     say "installing megatron-core $OLDER_MEGATRON beside it"
     rm -rf "$staging"
+    mkdir "$staging"
     # The wheel of one Python and machine serves all: only its Python sources are used, never its compiled data helper.
     # From the source package, all there is for Python 3.12, a C++ compiler would have to build that helper.
     "$VENV/bin/python" -m pip --disable-pip-version-check install --quiet --no-deps --only-binary :all: \

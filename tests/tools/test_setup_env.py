@@ -40,7 +40,7 @@ def test_the_second_time_nothing_is_installed(venv: Path) -> None:
     assert first.returncode == 0, first.stderr
     assert first.stdout == f"{venv}\n", "callers read the directory from standard output"
     installs = [line for line in log.read_text().splitlines() if "pip" in line]
-    assert len(installs) == 2
+    assert len(installs) == 3
     assert all("--constraint" in line and "constraints/cpu.txt" in line for line in installs)
     assert "--index-url" not in log.read_text()
     calls = log.read_text()
